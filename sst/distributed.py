@@ -1,0 +1,62 @@
+"""What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, and one batch norm for all."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def start():
+    """(rank, world, device) of this process. Under torchrun joins the group: NCCL on GPUs, gloo on CPUs."""
+    gpu = torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    return rank, world, device
+
+
+def total(tensor):
+    """The sum of a tensor over all processes (itself where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class StepBatchNorm:
+    """Running statistics of batch norm that do not depend on the number of processes.
+
+    Batch norm normalises within a micro-batch. Its running statistics must come out the same whether a step's K micro-batches
+    ran one after another or on K ranks: each starts from the statistics before the step, and the step's are their mean.
+    """
+
+    def __init__(self, net):
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
+
+    def begin(self):
+        """Before a step."""
+        if self.buffers:
+            self.start, self.sum = flat(self.buffers), 0
+
+    def collect(self):
+        """After a micro-batch."""
+        if self.buffers:
+            self.sum = self.sum + flat(self.buffers)
+            self.write(self.start)
+
+    def finish(self, K):
+        """After a step of K micro-batches in all."""
+        if self.buffers:
+            self.write(total(self.sum) / K)
+
+    def write(self, values):
+        for buffer, part in zip(self.buffers, values.split([b.numel() for b in self.buffers])):
+            buffer.copy_(part)
+
+
+def flat(buffers):
+    return torch.cat([b.reshape(-1) for b in buffers])

@@ -1,0 +1,208 @@
+"""Label domains (SST, Sec. 3.1): a dataset's own classes, and the priors that the paper's masks are made of.
+
+A label domain is a value: class names in id order, which of them swap in a mirrored photo, and which touch on the body
+(M_intra, Eq. 6). The similarity of two domains' class names is M_static (Eq. 8). The built-in domains are the JSON files
+in `sst/builtin/`, written in the very format in which a user adds a domain of their own (`domain.json`).
+"""
+
+import colorsys
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+HERE = Path(__file__).parent
+BUILTIN = tuple(sorted(path.stem for path in (HERE / "builtin").glob("*.json") if path.stem != "colours"))
+IGNORE = 255  # a pixel that no loss, metric or region looks at
+FILE_KEYS = ("images", "labels", "train", "val")  # of a domain.json, read by sst/data.py
+
+
+@dataclass(frozen=True)
+class LabelDomain:
+    """One label set.
+
+    name:       identifier of letters, digits, "-" and "_".
+    classes:    class names in id order; id 0 is the background.
+    flip_pairs: pairs of names that change places in a mirrored photo (left arm, right arm).
+    adjacency:  pairs of names that touch on the body; None where nobody has said.
+    label_map:  class name -> raw labels on disk (integers, or tag names); None where the files hold class ids.
+    Raises InputError where these contradict each other; `origin` is the file that the message names.
+    """
+
+    name: str
+    classes: tuple
+    flip_pairs: tuple = ()
+    adjacency: tuple | None = None
+    label_map: dict | None = None
+    origin: str = "label domain"
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def num_classes(self):
+        """Z, background included."""
+        return len(self.classes)
+
+    def index(self, name):
+        """The id of a class name."""
+        return self.classes.index(name)
+
+    def intra_mask(self):
+        """M_intra of Eq. 6: (Z, Z) float32, 1 where two classes touch on the body; symmetric, diagonal 1."""
+        if self.adjacency is None:
+            raise InputError(f"{self.origin}: domain '{self.name}' says nothing of which classes touch on the body; add "
+                             f'"adjacency": [["class", "class"], ...] to it, or train with --intra-mask none')
+        mask = torch.eye(self.num_classes)
+        for a, b in self.adjacency:
+            mask[self.index(a), self.index(b)] = mask[self.index(b), self.index(a)] = 1
+        return mask
+
+    def flip_index(self):
+        """(Z,) int64: the id that each id becomes in a mirrored photo; its own inverse."""
+        index = torch.arange(self.num_classes)
+        for left, right in self.flip_pairs:
+            index[self.index(left)], index[self.index(right)] = self.index(right), self.index(left)
+        return index
+
+    def palette(self):
+        """(Z, 3) uint8 RGB: related classes of different domains (arms, legs, tops) have related colours."""
+        return np.array([colour(name, i) for i, name in enumerate(self.classes)], np.uint8)
+
+    def to_dict(self):
+        """Plain lists and dicts, for JSON and checkpoints; `from_dict` reads them back."""
+        return {key: value for key, value in asdict(self).items() if key != "origin"}
+
+
+def from_dict(fields, origin="label domain"):
+    """A LabelDomain from the fields of a domain.json; raises InputError naming `origin`."""
+    if not isinstance(fields, dict):
+        raise InputError(f"{origin}: found {type(fields).__name__}; a label domain is one JSON object with name and classes")
+    known = ("name", "classes", "flip_pairs", "adjacency", "label_map")
+    unknown = [key for key in fields if key not in known + FILE_KEYS]
+    if unknown:
+        raise InputError(f"{origin}: unknown key '{unknown[0]}'; known are {', '.join(known + FILE_KEYS)}")
+    for key in ("name", "classes"):
+        if key not in fields:
+            raise InputError(f"{origin}: '{key}' is missing; a label domain needs a name and its classes in id order")
+    for key in ("classes", "flip_pairs", "adjacency"):
+        if fields.get(key) is not None and not isinstance(fields[key], (list, tuple)):
+            raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a list")
+    pairs = {key: None if fields.get(key) is None else tuple(tuple(p) if isinstance(p, (list, tuple)) else p
+                                                             for p in fields[key]) for key in known[2:4]}
+    return LabelDomain(fields["name"], tuple(fields["classes"]), pairs["flip_pairs"] or (), pairs["adjacency"],
+                       fields.get("label_map"), str(origin))
+
+
+def check(domain):
+    """Refuse a domain that contradicts itself, in one sentence."""
+    where, classes = domain.origin, domain.classes
+    if not isinstance(domain.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain.name):
+        raise InputError(f"{where}: the domain's name is {domain.name!r}; use letters, digits, '-' and '_'")
+    for name in classes:
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings, the background first")
+        if classes.count(name) > 1:
+            raise InputError(f"{where}: class '{name}' is listed twice; every class needs a name of its own")
+    if not 2 <= len(classes) <= IGNORE:
+        raise InputError(f"{where}: {len(classes)} classes; a domain has 2 to {IGNORE} (id {IGNORE} means ignored)")
+    for key in ("flip_pairs", "adjacency"):
+        for pair in getattr(domain, key) or ():
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InputError(f"{where}: {key} holds {pair!r}; every entry is a pair of class names")
+            for name in pair:
+                if name not in classes:
+                    raise InputError(f"{where}: {key} names {name!r}, which is not a class; classes are {', '.join(classes)}")
+            if pair[0] == pair[1]:
+                raise InputError(f"{where}: {key} pairs '{pair[0]}' with itself; remove that pair")
+    paired = [name for pair in domain.flip_pairs for name in pair]
+    for name in paired:
+        if paired.count(name) > 1:
+            raise InputError(f"{where}: '{name}' is in two flip_pairs; a class changes places with one other class only")
+    if domain.label_map is not None:
+        check_label_map(domain)
+
+
+def check_label_map(domain):
+    where = domain.origin
+    if not isinstance(domain.label_map, dict) or not all(isinstance(raws, (list, tuple)) for raws in domain.label_map.values()):
+        raise InputError(f'{where}: label_map must map every class to a list of raw labels, {{"class": [raw, ...]}}')
+    for name in domain.label_map:
+        if name not in domain.classes:
+            raise InputError(f"{where}: label_map names '{name}', which is not a class; classes are {', '.join(domain.classes)}")
+    for name in domain.classes:
+        if name not in domain.label_map:
+            raise InputError(f"{where}: label_map lacks class '{name}'; list its raw labels ([] if no file holds it)")
+    owner = {}
+    for name, raws in domain.label_map.items():
+        for raw in raws:
+            if not isinstance(raw, str) and (isinstance(raw, bool) or not isinstance(raw, int) or not 0 <= raw < IGNORE):
+                raise InputError(f"{where}: raw label {raw!r} of class '{name}' is neither a tag name nor an integer from 0 to "
+                                 f"{IGNORE - 1} ({IGNORE} is always ignored)")
+            if raw in owner:
+                raise InputError(f"{where}: raw label {raw!r} is in class '{owner[raw]}' and in class '{name}'; keep one")
+            owner[raw] = name
+    if len({type(raw) for raw in owner}) > 1:
+        raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label files hold")
+
+
+@cache
+def builtin_domain(name):
+    """The built-in domain of that name; raises InputError with the list of names."""
+    if name not in BUILTIN:
+        raise InputError(f"unknown label domain '{name}'; built in are {', '.join(BUILTIN)}, and any other NAME needs a folder "
+                         f"with a domain.json: NAME=FOLDER")
+    path = HERE / "builtin" / f"{name}.json"
+    return from_dict(json.loads(path.read_text()), f"built-in domain {name}")
+
+
+def normalised(name):
+    """A class name as the vocabulary and the colour table spell it: lower case, words parted by single spaces."""
+    return re.sub(r"[-_\s]+", " ", name.lower()).strip()
+
+
+@cache
+def vocabulary():
+    """{normalised name: (384,) float32 unit vector} from sst/label_vectors.npz (made by tools/make_label_vectors.py)."""
+    with np.load(HERE / "label_vectors.npz") as file:
+        vectors = file["vectors"].astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return dict(zip(file["names"].tolist(), vectors))
+
+
+def word_similarity(a, b):
+    """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the word embeddings of two domains' class names.
+
+    Raises InputError for a name outside the vocabulary.
+    """
+    def embed(domain):
+        rows = []
+        for name in domain.classes:
+            row = vocabulary().get(normalised(name))
+            if row is None:
+                raise InputError(f"{domain.origin}: class '{name}' has no word vector; add it to the word list of "
+                                 f"tools/make_label_vectors.py and run that, rename the class, or give SST a matrix of your "
+                                 f"own (static=...)")
+            rows.append(row)
+        return torch.from_numpy(np.stack(rows))
+    return embed(a) @ embed(b).T
+
+
+@cache
+def colours():
+    return json.loads((HERE / "builtin" / "colours.json").read_text())
+
+
+def colour(name, index):
+    """The RGB of a class name; for names that we do not know, the index-th of an endless series of distinct hues."""
+    known = colours().get(normalised(name))
+    if known:
+        return tuple(int(known[i:i + 2], 16) for i in (1, 3, 5))
+    hue = index * 0.61803398875 % 1  # golden ratio: neighbours in the series are far apart on the colour wheel
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (index % 2), 0.95 - 0.25 * (index % 3)))

@@ -1,0 +1,60 @@
+"""The losses of SST: Eq. 1, 7 and 10-13."""
+
+import torch
+import torch.nn.functional as F
+
+from .domains import IGNORE
+
+
+def L_seg(A, Y):
+    """Eq. 1: cross-entropy of logits A (B, Z, h, w), upsampled to the label maps Y (B, H, W); 255 is ignored.
+
+    The mean over an image's pixels, then over the images, so that a crowded photo counts as much as an empty one. An image
+    with nothing but ignored pixels contributes 0.
+    """
+    A = F.interpolate(A.float() if A.dtype != torch.float64 else A, size=Y.shape[-2:], mode="bilinear", align_corners=False)
+    pixels = F.cross_entropy(A, Y, ignore_index=IGNORE, reduction="none").sum(dim=(1, 2))  # (B,)
+    return (pixels / (Y != IGNORE).sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def L_aux(A_aux, Y):
+    """Eq. 7: the cross-entropy of the auxiliary logits, in the same form as Eq. 1."""
+    return L_seg(A_aux, Y)
+
+
+def cosine(a, b):
+    """Cosine similarity along the last axis. A row of zeros has no direction: its cosine is 0, and so is its gradient."""
+    norm = (a.square().sum(-1) * b.square().sum(-1))
+    zero = norm == 0
+    return torch.where(zero, 0, (a * b).sum(-1) / torch.where(zero, 1, norm).sqrt())
+
+
+def disagreement(X, mapped):
+    """Mean over all rows of 1 - cos(X, mapped); the leading dimensions (image pairs) broadcast."""
+    return (1 - cosine(X, mapped)).mean()
+
+
+def L_dataset(X_1, X_2to1, X_2, X_1to2):
+    """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them."""
+    return disagreement(X_1, X_2to1) + disagreement(X_2, X_1to2)
+
+
+def L_img(levels):
+    """Eq. 11: the two terms of Eq. 10 with X_l, summed over l; levels: [(X_1, X_2to1, X_2, X_1to2) for l = 1..L]."""
+    return sum(L_dataset(*level) for level in levels)
+
+
+def L_u(terms, alpha=10, beta=1, lam=5):
+    """Eq. 12, universal parsing. terms: {"seg/NAME", "aux/NAME", "dataset", "img": scalar}; what is missing counts 0."""
+    seg = sum(value for name, value in terms.items() if name.startswith("seg/"))
+    aux = sum(value for name, value in terms.items() if name.startswith("aux/"))
+    return alpha * seg + beta * aux + lam * (terms.get("dataset", 0) + terms.get("img", 0))
+
+
+def L_d(terms, target, alpha=10, beta=1, lam=5):
+    """Eq. 13, dedicated parsing: Eq. 12 with the segmentation and auxiliary terms of the one domain that is trained.
+
+    In the first step that is the source, without consistency terms; in the second the target.
+    """
+    kept = {name: value for name, value in terms.items() if "/" not in name or name.split("/", 1)[1] == target}
+    return L_u(kept, alpha, beta, lam)

@@ -1,0 +1,244 @@
+"""The paper's three modules (SST, Sec. 3.2), which carry meaning between label domains while a network is trained.
+
+MSA pools a feature map into one vector per class (Eq. 2-4), MSE refines a domain's learned class representations with those
+vectors (Eq. 5-7), MST maps one domain's representations into another's space (Eq. 8-9), and `SST` puts them together and
+returns the losses. They know nothing of the network: three feature maps of one width, labels and the domain of each image
+are all they take. After training they are thrown away.
+
+Shapes: B images, D channels, Z classes (background included), l = 1, 2, 3 the scales 1/16, 1/8, 1/4.
+"""
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .domains import IGNORE, word_similarity
+from .losses import L_aux, L_dataset, L_img
+
+L = 3  # decoder scales
+
+
+def linear(inputs, outputs):
+    """A projection without bias, as every W and f of the paper: zero in, zero out."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class MSA(nn.Module):
+    """Multi-scale semantics aggregation of one domain (Sec. 3.2.1): feature maps and regions -> S_1, S_2, S_3."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.num_classes = num_classes
+        self.W_s = linear(2 * dim, dim)
+
+    def forward(self, H, regions):
+        """H: L maps (B, D, h, w); regions: L maps (B, h, w) int64, class ids, 255 in no region. Returns L of (B, Z, D)."""
+        return [self.aggregate(H_l, delta_l) for H_l, delta_l in zip(H, regions)]
+
+    def aggregate(self, H_l, delta_l):
+        B, D = H_l.shape[:2]
+        Z = self.num_classes
+        pixels = H_l.permute(0, 2, 3, 1).reshape(-1, D)  # (B*h*w, D)
+        # Every (image, class) is a segment, and one more per image takes what belongs to no region.
+        segment = torch.where(delta_l == IGNORE, Z, delta_l) + (Z + 1) * torch.arange(B, device=H_l.device)[:, None, None]
+        segment = segment.flatten()  # (B*h*w,)
+        K = B * (Z + 1)
+        size = pixels.new_zeros(K).index_add(0, segment, pixels.new_ones(len(segment)))  # |delta|
+
+        # Eq. 2: the mean over a region; an empty one has sum 0 and is divided by 1.
+        S_ave = pixels.new_zeros(K, D).index_add(0, segment, pixels) / size.clamp(min=1)[:, None]
+
+        # Eq. 3: the maximum over a region. First where it is, without a graph; then reading those K*D values is all that
+        # has a gradient, while differentiating a scattered maximum would walk over every pixel again.
+        with torch.no_grad():
+            index = segment[:, None].expand(-1, D)
+            top = pixels.new_zeros(K, D).scatter_reduce(0, index, pixels, "amax", include_self=False)
+            n = torch.arange(len(pixels), device=H_l.device)[:, None]
+            position = torch.where(pixels == top[segment], n, len(pixels))
+            position = torch.zeros(K, D, dtype=torch.int64, device=H_l.device).scatter_reduce(0, index, position, "amin",
+                                                                                            include_self=False)
+            position.clamp_(max=len(pixels) - 1)  # only a NaN equals no maximum
+        S_max = torch.where(size[:, None] > 0, pixels.gather(0, position), 0)
+
+        # Eq. 4
+        S = self.W_s(torch.cat([S_ave, S_max], dim=-1))  # (K, D)
+        return S.view(B, Z + 1, D)[:, :Z]
+
+
+class MSE(nn.Module):
+    """Multi-scale semantic enhancement of one domain (Sec. 3.2.2): S_1..S_L -> X_0..X_L.
+
+    intra_mask: M_intra (Z, Z); all ones is "None" of Table 6 (Eq. 5).
+    """
+
+    def __init__(self, intra_mask, dim, layers=L):
+        super().__init__()
+        # X_0's rows start orthogonal, entries of size 1. Nothing in Eq. 10 stops all rows from sharing one direction, which
+        # makes every cosine 1; rows that start small get there within a few steps of the optimiser, these are far from it.
+        self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=dim ** 0.5))
+        self.f_Q, self.f_K, self.f_V = (nn.ModuleList(linear(dim, dim) for _ in range(layers)) for _ in range(3))
+        self.register_buffer("M_intra", intra_mask.float())
+
+    def forward(self, S):
+        """S: L of (B, Z, D). Returns [X_0 (Z, D), X_1, ..., X_L (B, Z, D)]."""
+        X = [self.X_0]
+        for f_Q, f_K, f_V, S_l in zip(self.f_Q, self.f_K, self.f_V, S):
+            # Eq. 6: X_l = (softmax(Q_l K_l^T / sqrt(D)) (.) M_intra) V_l + X_{l-1}
+            X.append(masked_attention(f_Q(X[-1]), f_K(S_l), f_V(S_l), self.M_intra) + X[-1])
+        return X
+
+    @staticmethod
+    def auxiliary(F_, X_L):
+        """Eq. 7: A_aux = F (x) X_L^T. F_ (B, D, h, w), X_L (B, Z, D) -> (B, Z, h, w)."""
+        return torch.einsum("bdhw,bzd->bzhw", F_, X_L)
+
+
+class MST(nn.Module):
+    """Multi-scale semantic transfer between domain 1 and domain 2, both directions (Sec. 3.2.3).
+
+    static: M_static (Z_2, Z_1). scales: which mapping layers are built; 0 is the dataset level, 1..L the image level.
+    """
+
+    def __init__(self, static, dim, scales=range(L + 1)):
+        super().__init__()
+        for name in ("Q_1", "K_1", "V_1", "Q_2", "K_2", "V_2"):
+            self.add_module(name, nn.ModuleDict({str(l): linear(dim, dim) for l in scales}))
+        for name in ("W_1", "W_2"):
+            self.add_module(name, nn.ModuleDict({str(l): linear(dim, dim) for l in scales if l > 0}))
+        self.register_buffer("M_static", static.float())
+
+    def dataset_level(self, X_1, X_2):
+        """Eq. 8: X_0 of both domains, (Z_1, D) and (Z_2, D) -> X_0^(1->2) (Z_2, D), X_0^(2->1) (Z_1, D)."""
+        return self.map(0, X_1, X_2, self.M_static)
+
+    def image_level(self, l, X_1, X_2, S_1, S_2):
+        """Eq. 9: X_l and S_l of both domains, (..., Z_1, D) and (..., Z_2, D) -> X_l^(1->2), X_l^(2->1).
+
+        The leading dimensions broadcast: (B_1, 1) against (1, B_2) gives all pairs of images.
+        """
+        M_dynamic = self.W_2[str(l)](S_2) @ self.W_1[str(l)](S_1).transpose(-1, -2)  # (..., Z_2, Z_1)
+        return self.map(l, X_1, X_2, M_dynamic)
+
+    def map(self, l, X_1, X_2, M):
+        l = str(l)
+        to_2 = masked_attention(self.Q_2[l](X_2), self.K_1[l](X_1), self.V_1[l](X_1), M)
+        to_1 = masked_attention(self.Q_1[l](X_1), self.K_2[l](X_2), self.V_2[l](X_2), M.transpose(-1, -2))
+        return to_2, to_1
+
+
+def masked_attention(Q, K, V, M):
+    """(softmax(Q K^T / sqrt(D)) (.) M) V: the mask multiplies after the softmax, and rows are not normalised again."""
+    attention = (Q @ K.transpose(-1, -2) / Q.shape[-1] ** 0.5).softmax(dim=-1)
+    return (attention * M) @ V
+
+
+def connections(num_classes, connect):
+    """The pairs of domains that MST bridges: "full" all N(N-1)/2, "progressive" the chain from coarse to fine (Table 4).
+
+    num_classes: Z of each domain in the order given; equal ones keep that order. Returns [(i, j), ...].
+    """
+    if connect == "full":
+        return list(combinations(range(len(num_classes)), 2))
+    chain = sorted(range(len(num_classes)), key=lambda i: num_classes[i])
+    return list(zip(chain, chain[1:]))
+
+
+def regions_of(labels, H):
+    """The regions delta_l of label maps (B, H, W): the label at every pixel's centre, for each map of H. L of (B, h, w)."""
+    return [F.interpolate(labels[:, None].float(), size=H_l.shape[-2:], mode="nearest-exact")[:, 0].long() for H_l in H]
+
+
+def rows_of(domain, i):
+    """Where the images of domain i stand in a batch: a slice where they are neighbours (no copy), else their indices."""
+    rows = [row for row, d in enumerate(domain) if d == i]
+    return slice(rows[0], rows[-1] + 1) if rows and rows[-1] - rows[0] + 1 == len(rows) else rows
+
+
+class SST(nn.Module):
+    """Scalable Semantic Transfer over N >= 1 label domains.
+
+    domains:    LabelDomains. dim: D, the width of the feature maps.
+    intra_mask: "body" (each domain's M_intra) or "none" (Eq. 5).
+    scr:        consistency terms, "both", "dataset" (Eq. 10), "image" (Eq. 11) or "none".
+    connect:    "full" or "progressive".   aux: whether L_aux is wanted.
+    regions:    "label" or "prediction": what delta is made of.
+    static:     {(name_1, name_2): M_static (Z_2, Z_1)} for pairs whose word similarities are not to be used.
+    """
+
+    def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label", static=None):
+        super().__init__()
+        self.domains, self.aux, self.regions = list(domains), aux, regions
+        self.dataset_level, self.image_level = scr in ("both", "dataset"), scr in ("both", "image")
+        # Only what the chosen losses reach is built: a parameter without a gradient would stall DDP.
+        layers = L if aux or self.image_level else 0
+        masks = [d.intra_mask() if intra_mask == "body" else torch.ones(d.num_classes, d.num_classes) for d in domains]
+        self.msa = nn.ModuleDict({d.name: MSA(d.num_classes, dim) for d in domains} if layers else {})
+        self.mse = nn.ModuleDict({d.name: MSE(mask, dim, layers) for d, mask in zip(domains, masks)})
+        self.mst = nn.ModuleDict()
+        scales = ([0] if self.dataset_level else []) + ([1, 2, 3] if self.image_level else [])
+        self.pairs = connections([d.num_classes for d in domains], connect) if scales else []
+        for i, j in self.pairs:
+            one, two = domains[i], domains[j]
+            given = (static or {}).get((one.name, two.name))
+            self.mst[f"{one.name}:{two.name}"] = MST(word_similarity(two, one) if given is None else given, dim, scales)
+
+    def forward(self, H, labels, domain, logits=None):
+        """The auxiliary losses of a batch.
+
+        H: three maps (B, D, h_l, w_l), coarse to fine. labels: (B, H, W) int64, 255 ignored. domain: B positions in
+        `domains`. logits: {domain name: A (B_d, Z, h, w)}, read with regions="prediction" only.
+        Returns {"aux/NAME": L_aux, ..., "dataset": L_dataset, "img": L_img}, those that were asked for, and
+        {NAME: [X_0 (Z, D), X_1.. X_L (B_d, Z, D)]}. Everything is computed in float32.
+        """
+        with torch.autocast(H[0].device.type, enabled=False):
+            H = [H_l if H_l.dtype == torch.float64 else H_l.float() for H_l in H]
+            losses, S, X = {}, {}, {}
+            for i, d in enumerate(self.domains):
+                rows = rows_of(domain, i)
+                if rows == []:  # no image of this domain in the batch: nothing to say about it but X_0
+                    X[d.name] = self.mse[d.name]([])
+                    continue
+                H_d, Y = [H_l[rows] for H_l in H], labels[rows]
+                S[d.name] = self.msa[d.name](H_d, self.delta(H_d, Y, logits, d.name)) if d.name in self.msa else []
+                X[d.name] = self.mse[d.name](S[d.name])
+                if self.aux:
+                    losses[f"aux/{d.name}"] = L_aux(MSE.auxiliary(H_d[-1], X[d.name][-1]), Y)  # Eq. 7, with F = H_3
+            terms = [self.consistency(self.domains[i].name, self.domains[j].name, S, X) for i, j in self.pairs]
+            if self.dataset_level:
+                losses["dataset"] = sum((dataset for dataset, _ in terms), H[0].new_zeros(()))
+            if self.image_level:
+                losses["img"] = sum((img for _, img in terms), H[0].new_zeros(()))
+        return losses, X
+
+    def delta(self, H, labels, logits, name):
+        if self.regions == "label":
+            return regions_of(labels, H)
+        predicted = logits[name].detach().float().argmax(dim=1)  # (B, h, w)
+        ignored = regions_of(labels, H)
+        return [torch.where(known == IGNORE, IGNORE, guess) for known, guess in zip(ignored, regions_of(predicted, H))]
+
+    def consistency(self, one, two, S, X):
+        """L_dataset and L_img of one pair of domains (Eq. 10, 11); 0 for a level not asked for or without an image."""
+        mst = self.mst[f"{one}:{two}"]
+        dataset, img = 0, 0
+        if self.dataset_level:
+            to_2, to_1 = mst.dataset_level(X[one][0], X[two][0])
+            dataset = L_dataset(X[one][0], to_1, X[two][0], to_2)
+        if self.image_level and one in S and two in S:
+            levels = []
+            for l in range(1, L + 1):  # all pairs of an image of domain 1 (axis 0) and one of domain 2 (axis 1)
+                X_1, X_2 = X[one][l][:, None], X[two][l][None]
+                to_2, to_1 = mst.image_level(l, X_1, X_2, S[one][l - 1][:, None], S[two][l - 1][None])
+                levels.append((X_1, to_1, X_2, to_2))
+            img = L_img(levels)
+        return dataset, img
+
+
+@torch.no_grad()
+def row_cosine(X):
+    """Mean off-diagonal cosine between the rows of X (..., Z, D): 1 is the trivial solution of Eq. 10, all rows parallel."""
+    X = F.normalize(X.float(), dim=-1)
+    Z = X.shape[-2]
+    return ((X.sum(-2).square().sum(-1) - X.square().sum((-1, -2))) / (Z * (Z - 1))).mean()

@@ -1,0 +1,78 @@
+"""Pictures of a run: label maps in colour with their legend, and curves. matplotlib is imported where a picture is drawn."""
+
+import numpy as np
+
+from .domains import IGNORE
+
+GREY = (128, 128, 128)  # of ignored pixels
+
+
+def colourise(label, domain):
+    """(H, W) class ids -> (H, W, 3) uint8 in the domain's colours; ignored pixels are grey."""
+    table = np.full((256, 3), GREY, np.uint8)
+    table[:domain.num_classes] = domain.palette()
+    table[IGNORE] = GREY
+    return table[label]
+
+
+def save_samples(samples, path):
+    """One row of pictures per domain: photo, truth, prediction, for each of its samples, and the legend of class names.
+
+    samples: [(domain, [(image (H, W, 3), truth (H, W), prediction (H, W)), ...]), ...].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    shown = max(len(triples) for _, triples in samples)
+    tall = np.mean([image.shape[0] / image.shape[1] for _, triples in samples for image, _, _ in triples])
+    legend = 3.2  # inches for the names
+    figure = Figure(figsize=(1.35 * 3 * shown + legend, sum(max(1.35 * tall + 0.35, 0.17 * (d.num_classes + 1) / 2 + 0.3)
+                                                        for d, _ in samples)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(samples), 3 * shown + 1, squeeze=False, width_ratios=[1.35] * 3 * shown + [legend])
+    for axes, (domain, triples) in zip(rows, samples):
+        for axis in axes:
+            axis.axis("off")
+        for k, (image, truth, prediction) in enumerate(triples):
+            pictures = (image, colourise(truth, domain), colourise(prediction, domain))
+            for axis, picture, title in zip(axes[3 * k:], pictures, ("photo", "truth", "prediction")):
+                axis.imshow(picture, interpolation="nearest")
+                axis.set_title(title, fontsize=8)
+        palette = domain.palette() / 255
+        patches = [Patch(facecolor=colour, edgecolor="0.5", linewidth=0.4, label=name) for colour, name in zip(palette, domain.classes)]
+        axes[-1].legend(handles=patches, loc="center left", ncols=1 if domain.num_classes <= 9 else 2, fontsize=7, frameon=False,
+                        title=domain.name, title_fontsize=8, handlelength=1.2, labelspacing=0.3, columnspacing=1)
+    figure.savefig(path)
+
+
+def save_curves(lines, path):
+    """Losses and validation mIoU over steps. lines: the objects of log.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
+    figure = Figure(figsize=(13, 3.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    for name in train[0]["loss"] if train else ():
+        left.plot([line["step"] for line in train], smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
+    left.set(title="training losses (smoothed)", xlabel="step", yscale="log")
+    for name in train[0]["cos"] if train else ():
+        for key, style in (("x0", "-"), ("xl", "--")):
+            middle.plot([line["step"] for line in train], [line["cos"][name][key] for line in train], style, linewidth=1,
+                        label=f"{name} {'X_0' if key == 'x0' else 'X_L'}")
+    middle.set(title="mean cosine between the rows of X (1: collapsed)", xlabel="step", ylim=(-0.3, 1.05))
+    for name in val[0]["miou"] if val else ():
+        right.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-", label=name, linewidth=1, markersize=3)
+    right.set(title="validation mIoU, %", xlabel="step")
+    for axis in (left, middle, right):
+        if axis.lines:
+            axis.legend(fontsize=7)
+        else:
+            axis.text(0.5, 0.5, "none in this run", ha="center", transform=axis.transAxes, color="0.5")
+        axis.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def smooth(values, window=9):
+    """Running mean over the last `window` values."""
+    return [float(np.mean(values[max(0, i + 1 - window):i + 1])) for i in range(len(values))]

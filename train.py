@@ -1,0 +1,265 @@
+"""Train a human parser with SST. One page, read from top to bottom:
+
+    python train.py --mode universal                                        the built-in figures, minutes on a CPU
+    torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR          as published
+    python train.py --help                                                  every flag
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sst import checkpoint, config as settings, distributed
+from sst.batches import Crops, Schedule, collate
+from sst.data import open_datasets
+from sst.domains import builtin_domain
+from sst.errors import InputError
+from sst.figures import Figures
+from sst.inference import confusion_of, photo_logits
+from sst.losses import L_seg, L_u
+from sst.metrics import scores
+from sst.model import ParsingNet
+from sst.modules import SST, row_cosine, rows_of
+from sst.plots import save_curves, save_samples
+
+FIGURE_DOMAINS = ("pascal", "atr", "cihp")
+
+
+class Universal(nn.Module):
+    """The kept network and, beside it, SST (or None): a batch in, loss terms out."""
+
+    def __init__(self, net, sst):
+        super().__init__()
+        self.net, self.sst = net, sst
+
+    def forward(self, images, labels, domain):
+        """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
+        labels = labels.long()
+        H = self.net.features(images.float() / 255)
+        logits, terms, X = {}, {}, {}
+        for i, (name, head) in enumerate(self.net.heads.items()):
+            rows = rows_of(domain, i)
+            logits[name] = head(H[-1][rows])
+            terms[f"seg/{name}"] = L_seg(logits[name], labels[rows])
+        if self.sst is not None:
+            losses, X = self.sst(H, labels, domain, logits)
+            terms |= losses
+        return terms, X
+
+
+def build(config, domains):
+    """The network and SST of a run. A seed gives the network the same weights whether SST is there or not."""
+    torch.manual_seed(config["seed"])
+    net = ParsingNet(domains, config["arch"])
+    if config["backbone_weights"] != "none":
+        net.backbone.load_imagenet(config["backbone_weights"])
+    torch.manual_seed(config["seed"] + 1)
+    scr = config["scr"] if config["lam"] > 0 and len(domains) > 1 else "none"
+    sst = None
+    if config["beta"] > 0 or scr != "none":
+        sst = SST(domains, net.arch.dim, config["intra_mask"], scr, config["connect"], config["beta"] > 0, config["regions"])
+    return Universal(net, sst)
+
+
+def parameter_groups(model, config):
+    """AdamW's groups: the backbone learns at its own rate; norms, biases and embeddings do not decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            still = parameter.ndim < 2 or name.endswith(("bias", "level", "X_0"))
+            groups.setdefault((name.startswith("net.backbone."), still), []).append(parameter)
+    return [{"params": parameters, "scale": config["backbone_lr_scale"] if backbone else 1.0,
+             "weight_decay": 0.0 if still else config["weight_decay"]} for (backbone, still), parameters in groups.items()]
+
+
+def main():
+    config = settings.resolve()
+    rank, world, device = distributed.start()
+    if world == 1 or rank == 0:
+        say = lambda text="": print(text, flush=True)
+    else:
+        say = lambda text="": None
+
+    # Data: a training set of each domain's own, and validation sets.
+    if config["data"]:
+        train, val = (open_datasets(config["data"], split) for split in ("train", "val"))
+    else:
+        domains, size = [builtin_domain(name) for name in FIGURE_DOMAINS], config["size"] or (128, 128)
+        train = [Figures(d, config["seed"], 4000, size, i, len(domains)) for i, d in enumerate(domains)]
+        val = [Figures(d, 2 ** 31, 80, size) for d in domains]  # a seed of its own, pictures shared by the domains
+    domains = [dataset.domain for dataset in train]
+
+    # A step is K micro-batches of B crops, dealt whole to the processes.
+    B = config["batch_size"]
+    K = (config["global_batch"] or B * world) // B
+    config["global_batch"] = K * B
+    if K % world:
+        raise InputError(f"--global-batch {K * B}: {K} micro-batches of {B} cannot be dealt evenly to {world} processes")
+    schedule = Schedule([len(dataset) for dataset in train], B, config["seed"])
+    epoch_steps = -(-sum(schedule.sizes) // (K * B))
+    config["steps"] = steps = config["steps"] or config["epochs"] * epoch_steps
+
+    # The model, its optimiser, and where it stands.
+    torch.backends.cudnn.benchmark = True
+    model = build(config, domains).to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], fused=True)
+    step, best = 0, -1.0
+    if config["resume"]:
+        path = f"{config['resume']}/last.pt"
+        state = checkpoint.load(path, "run")
+        checkpoint.load_weights(model, state["weights"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        step, best = state["step"], state["best"]
+    out = settings.open_folder(config) if rank == 0 else None
+    say(f"writing to {out}")
+    log = open_log(out, step) if rank == 0 else None
+    say("\n".join(f"  {key:<18} {value}" for key, value in config.items() if value is not None and key not in ("out", "resume")))
+    count = lambda module: sum(p.numel() for p in module.parameters()) if module is not None else 0
+    say(f"{len(domains)} label domains: " + ", ".join(f"{d.name} ({d.num_classes} classes, {len(t)} training and {len(v)} validation "
+                                                     f"images)" for d, t, v in zip(domains, train, val)))
+    say(f"{count(model.net):,} parameters are kept, {count(model.sst):,} of SST are dropped after training; {steps} steps of {K * B} "
+        f"images; device {device}, {world} process{'es' if world > 1 else ''}")
+
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    norms = distributed.StepBatchNorm(model.net)
+    mine = (schedule[s * K + k] for s in range(step, steps) for k in range(rank, K, world))
+    loader = torch.utils.data.DataLoader(Crops(train, config["size"], config["crop"], config["seed"]), batch_sampler=mine,
+                                         num_workers=config["workers"], collate_fn=collate, pin_memory=device.type == "cuda",
+                                         prefetch_factor=4 if config["workers"] else None)
+    batches = iter(loader)
+    began, begun_at, spoke, waited = time.time(), step, 0.0, 0.0
+
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = config["lr"] * group["scale"] * (0.1 if step >= config["drop_at"] * steps else 1.0)
+        sums = {}
+        norms.begin()
+        for k in range(rank, K, world):
+            asked = time.time()
+            batch = next(batches)
+            waited += time.time() - asked
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels, domain, _ = batch
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            last = k + world >= K
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms, X = wrapped(images, labels, domain)
+                    terms["total"] = L_u(terms, config["alpha"], config["beta"], config["lam"])
+                (terms["total"] * world / K).backward()  # DDP averages over the processes
+            norms.collect()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() / K
+        norms.finish(K)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        if step % config["log_every"] == 0 or step == 1 or step == steps:
+            values = distributed.total(torch.stack(list(sums.values()))).tolist()
+            elapsed = time.time() - began
+            line = {"step": step, "epoch": round(step / epoch_steps, 4), "kind": "train", "loss": dict(zip(sums, values)),
+                    "lr": optimizer.param_groups[-1]["lr"],
+                    "cos": {name: {"x0": row_cosine(x[0]).item(), "xl": row_cosine(x[-1]).item()} for name, x in X.items()},
+                    "time": {"seconds": elapsed, "images_per_second": (step - begun_at) * K * B / elapsed, "waiting": waited / elapsed}}
+            if rank == 0:
+                print(json.dumps(line), file=log, flush=True)
+            if time.time() - spoke > 3 or step == steps:
+                spoke = time.time()
+                left = elapsed / (step - begun_at) * (steps - step)
+                say(f"step {step}/{steps}  epoch {step / epoch_steps:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in line["loss"].items())
+                    + f"  lr {line['lr']:.0e}  {line['time']['images_per_second']:.1f} images/s  {clock(left)} left")
+
+        V = config["validations"]
+        if step * V // steps > (step - 1) * V // steps:
+            results = validate(model.net, val, config["size"], rank, world, device)
+            miou = {name: result["miou"] for name, result in results.items()}
+            average = sum(miou.values()) / len(miou)
+            say(f"validation after step {step}: mIoU " + "  ".join(f"{name} {value:.2f}" for name, value in miou.items())
+                + f"  mean {average:.2f} %")
+            if rank == 0:
+                print(json.dumps({"step": step, "epoch": round(step / epoch_steps, 4), "kind": "val", "miou": miou,
+                                  "mean_accuracy": {name: result["mean_accuracy"] for name, result in results.items()},
+                                  "time": {"seconds": time.time() - began}}), file=log, flush=True)
+                if average > best:
+                    best = average
+                    checkpoint.save(checkpoint.model_content(model.net, domains), out / "best.pt")
+                save_run(out, model, domains, optimizer, step, best, config)
+
+    if rank == 0:
+        finish(out, model, domains, val, results if config["validations"] else None, best, schedule.passes(steps * K), config, say)
+        save_run(out, model, domains, optimizer, step, best, config)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def open_log(out, step):
+    """log.jsonl, open for appending after the line of `step`: what a resumed run does again is not kept twice."""
+    path = out / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    return open(path, "a")
+
+
+def validate(net, datasets, size, rank, world, device):
+    """{domain: scores}; each process takes every world-th photo."""
+    net.eval()
+    results = {}
+    for dataset in datasets:
+        matrix = confusion_of(net, dataset, size, range(rank, len(dataset), world))
+        results[dataset.domain.name] = scores(distributed.total(torch.from_numpy(matrix).to(device)).cpu().numpy())
+    net.train()
+    return results
+
+
+def save_run(out, model, domains, optimizer, step, best, config):
+    """last.pt: everything needed to go on."""
+    content = checkpoint.model_content(model.net, domains)
+    content |= {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best, "config": config}
+    checkpoint.save(content, out / "last.pt")
+
+
+def finish(out, model, domains, val, results, best, passes, config, say):
+    """The kept network, pictures, and a table of what was reached."""
+    checkpoint.save(checkpoint.model_content(model.net, domains), out / "model.pt")
+    save_curves([json.loads(line) for line in open(out / "log.jsonl")], out / "curves.png")
+    model.net.eval()
+    samples = []
+    for dataset in val:
+        triples = []
+        for i in range(min(3, len(dataset))):
+            image, truth = dataset.load(i)
+            triples.append((image, truth, photo_logits(model.net, image, config["size"])[dataset.domain.name].argmax(0).cpu().numpy()))
+        samples.append((dataset.domain, triples))
+    save_samples(samples, out / "samples.png")
+    say("passes over the training sets: " + ", ".join(f"{d.name} {p:.2f}" for d, p in zip(domains, passes)))
+    if results:
+        say(f"\n{'validation':<12} {'mIoU %':>8} {'mean accuracy %':>16}")
+        for name, result in results.items():
+            absent = [builtin for d in domains if d.name == name for builtin in (d.classes[i] for i in result["absent"])]
+            say(f"{name:<12} {result['miou']:>8.2f} {result['mean_accuracy']:>16.2f}"
+                + (f"   (without {', '.join(absent)}: in no label and no prediction)" if absent else ""))
+        say(f"best.pt: mean mIoU {best:.2f} %, selected on these validation sets")
+    say(f"\nNext: look at {out}/samples.png and {out}/curves.png; the network is {out}/model.pt.\n"
+        "  --beta 0 --lam 0 trains the same network without SST, on the same crops;\n"
+        "  --data NAME=DIR ... trains on your photos; --seed 1 tells luck from progress.")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")
