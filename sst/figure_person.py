@@ -4,6 +4,7 @@ import cmath
 import math
 
 from .figure_drawing import COVER, HAIRS, PART, SKINS, arc, disc, dye, fabric, jitter, pick, plain, smooth, turned, uniform
+from .figure_head import Head
 
 # Angles of the two bones of a limb, in degrees from straight down, outward positive, as ranges;
 # then the ranges of foreshortening. Arms also say whether they are before the person's own chest (True), behind
@@ -49,7 +50,7 @@ def bone_radius(radii, t):
     return ramp(((0, radii[0]), (.4, radii[1]), (1, radii[2])), t)
 
 
-class Person:
+class Person(Head):
     """Poses and dresses a person at construction (so the scene can borrow the colours); `draw` paints it.
 
     height: of the standing person, in picture heights. `place(x, y)` puts the hips there.
@@ -171,6 +172,11 @@ class Person:
     def paint(self, outline, part, cover, cloth, shade=1.0, angle=0.0):
         self.canvas.paint(outline, PART[part], COVER[cover], cloth, shade, angle)
 
+    def on_torso(self, points, cover, cloth, shade=1.0, angle=0.0, side=1):
+        """Paint a polygon given in the torso's frame; side -1 mirrors it."""
+        part = "background" if cover == "bag" else "torso"  # a bag has no body part
+        self.paint([self.torso(side * x, y) for x, y in points], part, cover, cloth, shade, angle)
+
     def wrap(self, part, cover, cloth, a, b, radii, start=0.0, stop=1.0, ease=1.0, flare=0.0, tone=1.0):
         """Paint the stretch start..stop of a bone from a to b; ends are round only at the joints."""
         k = self.h * self.build * ease
@@ -201,9 +207,8 @@ class Person:
                 self.arm(s)
 
     def leg(self, s):
-        hip, knee, ankle = self.legs[s]
+        h, (hip, knee, ankle) = self.h, self.legs[s]
         upper, lower = self.side[s] + " upper leg", self.side[s] + " lower leg"
-        h = self.h
         toe_out = math.sin(self.turn) * .8 + s * .32
         toe = ankle + h * complex(.075 * toe_out * (1 if self.front else -.6), .026 if self.front else .014)
         heel = ankle + .008j * h
@@ -244,15 +249,18 @@ class Person:
             if length > 1:
                 self.wrap(lower, cover, cloth, elbow, wrist, LOWER_ARM, 0, length - 1, ease, .002, tone)
             if length > 0:
-                self.wrap(upper, cover, cloth, shoulder, elbow, UPPER_ARM, 0, min(1, length), ease, .003 * (length < 1), tone)
+                flare = .003 if length < 1 else 0
+                self.wrap(upper, cover, cloth, shoulder, elbow, UPPER_ARM, 0, min(1, length), ease, flare, tone)
         cover, cloth = ("glove", self.glove[0]) if self.glove else ("skin", self.skin)
         k = h * (1.12 if self.glove else 1)
         if self.glove:
-            self.wrap(lower, "glove", cloth, elbow, wrist, LOWER_ARM, self.glove[1], 1, 1.45 if self.coat else 1.3, tone=tone)
+            ease = 1.45 if self.coat else 1.3
+            self.wrap(lower, "glove", cloth, elbow, wrist, LOWER_ARM, self.glove[1], 1, ease, tone=tone)
         d = (tip - wrist) / abs(tip - wrist)
         thumb = wrist + k * d * complex(.022, -.022 * s)
-        self.canvas.tube(wrist + .3 * (thumb - wrist), thumb, .009 * k, .009 * k, .007 * k, PART[lower], COVER[cover], cloth, tone=tone)
-        self.canvas.tube(wrist, tip - .012 * h * d, .017 * k, .021 * k, .014 * k, PART[lower], COVER[cover], cloth, tone=tone)
+        hand = PART[lower], COVER[cover], cloth
+        self.canvas.tube(wrist + .3 * (thumb - wrist), thumb, .009 * k, .009 * k, .007 * k, *hand, tone=tone)
+        self.canvas.tube(wrist, tip - .012 * h * d, .017 * k, .021 * k, .014 * k, *hand, tone=tone)
 
     def band(self, low, high, ease=1.0, left=None, right=None):
         """Outline of the torso between two heights; left and right replace a side's half width."""
@@ -268,8 +276,8 @@ class Person:
         self.paint(self.band(-.04, .33), "torso", "skin", self.skin, .92)
         self.paint(self.band(.02, .27, .6), "torso", "skin", self.skin, 1.05)
         neck = self.torso(0, .30)
-        self.canvas.tube(neck, .5 * (self.head + self.torso(0, .345)), *(.027 * self.h,) * 3, PART["torso"], COVER["skin"],
-                         self.skin, tone=.9)
+        radius, skin = .027 * self.h, (PART["torso"], COVER["skin"], self.skin)
+        self.canvas.tube(neck, .5 * (self.head + self.torso(0, .345)), radius, radius, radius, *skin, tone=.9)
         garment, cloth = self.bottom_cover, self.bottom
         if garment == "skirt" or self.kind == "dress":
             self.skirt(garment, cloth, self.hem, self.flare)
@@ -280,8 +288,9 @@ class Person:
             self.paint(self.band(low, .322, 1.04), "torso", self.top_cover, self.top, .91, angle)
             self.paint(self.band(low + .01, .29, .68), "torso", self.top_cover, self.top, 1.05, angle)
             depth = self.neckline if self.front else .4 * self.neckline
-            self.paint([self.torso(x, y) for x, y in ((-.034, .325), (-.026, .322 - .6 * depth), (0, .318 - depth),
-                                                      (.026, .322 - .6 * depth), (.034, .325))], "torso", "skin", self.skin, .97)
+            edge = .322 - .6 * depth
+            self.on_torso(((-.034, .325), (-.026, edge), (0, .318 - depth), (.026, edge), (.034, .325)),
+                          "skin", self.skin, .97)
         if self.belt and not (self.coat and not self.coat_open):
             self.wear_belt("belt on " + garment, 1.08)
         if self.coat:
@@ -292,8 +301,8 @@ class Person:
         self.paint(self.band(low, low + .03, ease), "torso", cover, self.belt, .95)
         if self.front:
             buckle = plain((214, 190, 110))
-            self.paint([self.torso(x, low + y) for x, y in ((-.012, .004), (-.012, .026), (.012, .026), (.012, .004))],
-                       "torso", cover, buckle)
+            a, b = low + .004, low + .026
+            self.on_torso(((-.012, a), (-.012, b), (.012, b), (.012, a)), cover, buckle)
 
     def skirt(self, cover, cloth, hem, flare, gap=0.0, tone=1.0):
         """Fabric that hangs over both legs and the space between them; every pixel belongs to the nearer leg.
@@ -308,16 +317,18 @@ class Person:
             rows.append((t, middle, {s: max(s * (self.bone(s, t) - middle).real, .016 * h)
                                      + (radius * 1.1 * self.build + flare * t) * h for s in (1, -1)}))
         for s in (1, -1):
-            for part, here in ((" upper leg", [r for r in rows if r[0] <= 1]), (" lower leg", [r for r in rows if r[0] >= 1])):
+            for part, low, high in (("upper leg", 0, 1), ("lower leg", 1, 2)):
+                here = [row for row in rows if low <= row[0] <= high]
                 if len(here) < 2:
                     continue
                 inner = [middle + s * gap * h * self.wide for _, middle, _ in here]
                 outer = [middle + s * width[s] for _, middle, width in here]
-                name = self.side[s] + part
+                name = f"{self.side[s]} {part}"
                 self.paint(outer + inner[::-1], name, cover, cloth, .9 * tone)
                 for a, b in ((.2, .45), (.62, .85)):  # folds
-                    self.paint([i + a * (o - i) for i, o in zip(inner, outer)]
-                               + [i + b * (o - i) for i, o in zip(inner[::-1], outer[::-1])], name, cover, cloth, 1.06 * tone)
+                    fold = [i + a * (o - i) for i, o in zip(inner, outer)]
+                    fold += [i + b * (o - i) for i, o in zip(inner[::-1], outer[::-1])]
+                    self.paint(fold, name, cover, cloth, 1.06 * tone)
 
     def wear_coat(self):
         gap = self.coat_gap if self.coat_open and self.front else 0
@@ -331,130 +342,25 @@ class Person:
             side = {"left": gap + .022} if s == 1 else {"right": -gap - .022}
             self.paint(self.band(low, .28, .8, **side), "torso", "coat", self.coat, 1.06, angle)
             if self.front:  # lapels
-                self.paint([self.torso(s * x, y) for x, y in ((gap, .20), (gap + .012, .315), (gap + .04, .30), (gap + .035, .25))],
-                           "torso", "coat", self.coat, 1.16, angle)
+                self.on_torso(((gap, .20), (gap + .012, .315), (gap + .04, .30), (gap + .035, .25)),
+                              "coat", self.coat, 1.16, angle, s)
         if self.front and not gap:
-            dark = plain((36, 32, 32))
             for y in (.03, .11, .19):
-                self.paint(disc(self.torso(.012, y), .006 * self.h, .006 * self.h), "torso", "coat", dark)
+                self.paint(disc(self.torso(.012, y), .006 * self.h, .006 * self.h), "torso", "coat", plain((36, 32, 32)))
         if self.belt and not self.coat_open:
             self.wear_belt("belt on coat", 1.18)
 
     def wear_scarf(self):
-        band = smooth([self.torso(x, y) for x, y in ((-.058, .318), (-.04, .345), (.04, .345), (.058, .318), (.035, .275), (-.035, .275))])
         side = pick(self.rng, (1, -1))
         if self.front or self.rng.random() < .4:
-            tail = uniform(self.rng, .07, .17)
-            self.paint([self.torso(side * x, y) for x, y in ((.004, .30), (.042, .30), (.052, tail), (.008, tail - .006))],
-                       "torso", "scarf", self.scarf, .9, .3)
-            self.paint([self.torso(side * x, y) for x, y in ((.014, .29), (.03, .29), (.034, tail + .01), (.018, tail + .01))],
-                       "torso", "scarf", self.scarf, 1.1, .3)
-        self.paint(band, "torso", "scarf", self.scarf, .95, .8)
-        self.paint(smooth([self.torso(x, y) for x, y in ((-.042, .312), (0, .298), (.042, .312), (0, .285))]),
-                   "torso", "scarf", self.scarf, 1.14, .8)
-
-    # --- head ---
-
-    def face(self, x, y):
-        """A point of the head's own frame: x to image right, y up; the skull spans -1..1 in both."""
-        k = self.head_size
-        return self.head + .052 * k * x * 1j * self.head_up + .068 * k * y * self.head_up
-
-    def on_head(self, points, cover, cloth, shade=1.0, curve=True):
-        outline = [self.face(x, y) for x, y in points]
-        self.paint(smooth(outline) if curve else outline, "head", cover, cloth, shade, cmath.phase(self.head_up))
-
-    def spot(self, x, y, rx, ry, cover, cloth, shade=1.0):
-        self.paint(disc(self.face(x, y), .052 * rx * self.head_size, .068 * ry * self.head_size, 1j * self.head_up),
-                   "head", cover, cloth, shade)
-
-    def hair_behind(self):
-        """Hair that the head and shoulders of a front view hide in part."""
-        if self.hair_style == "curly":
-            self.spot(0, .25, 1.6, 1.25, "hair", self.hair, .85)
-        elif self.hair_style in ("long", "bob"):
-            low = -1.15 if self.hair_style == "bob" else -2.1
-            self.on_head(((-1.1, .5), (0, 1.1), (1.1, .5), (1.3, -.6), (1.2, low), (0, low + .1), (-1.2, low), (-1.3, -.6)),
-                         "hair", self.hair, .78)
-        elif self.hair_style == "bun":
-            self.spot(0, 1.15, .55, .42, "hair", self.hair, .9)
-
-    def head_front(self):
-        skin, hair = self.skin, self.hair
-        x0 = .42 * math.sin(self.turn)  # the features follow the turn of the head
-        for s in (1, -1):
-            self.spot(s * .98 - .4 * x0, -.05, .17, .2, "skin", skin, .9)
-        self.on_head(((-.97, .2), (-.75, .85), (0, 1.02), (.75, .85), (.97, .2), (.88, -.4), (.5, -.88), (0, -1.02),
-                      (-.5, -.88), (-.88, -.4)), "skin", skin, .95)
-        self.on_head(((-.62, .2), (0, .6), (.62, .2), (.5, -.4), (0, -.75), (-.5, -.4)), "skin", skin, 1.06)
-        ink = plain((44, 30, 28))
-        if self.beard:
-            self.on_head(((-.93, -.1), (-.6, -.3), (x0, -.36), (.6, -.3), (.93, -.1), (.82, -.5), (.45, -.95), (0, -1.02),
-                          (-.45, -.95), (-.82, -.5)), "skin", hair, .95)
-        for s in (1, -1) if not self.glasses else ():
-            x = x0 + .4 * s
-            self.spot(x, .06, .21, .11, "skin", plain((240, 236, 230)))
-            self.spot(x + .15 * x0, .06, .11, .11, "skin", ink)
-            self.on_head(((x - .26, .27), (x, .36), (x + .26, .27), (x, .28)), "skin", hair, .7)
-        self.on_head(((x0 - .03, .05), (x0 * 1.25 - .14, -.24), (x0 * 1.25 + .14, -.24), (x0 + .03, .05)), "skin", skin, .84, False)
-        lips = plain((176, 82, 78))
-        self.on_head(((x0 - .33, -.5), (x0, -.45), (x0 + .33, -.5), (x0, -.63)), "skin", lips)
-        if self.glasses:
-            for s in (1, -1):
-                x = x0 + .44 * s
-                self.on_head(((x - .4, .26), (x + .4, .26), (x + .37, -.1), (x + .1, -.24), (x - .2, -.22), (x - .38, -.05)),
-                             "sunglasses", self.glasses)
-                self.on_head(((x - .2, .17), (x + .05, .17), (x - .15, -.05)), "sunglasses", self.glasses, 1.9, False)
-            self.on_head(((-.95, .2), (.95, .2), (.95, .09), (-.95, .09)), "sunglasses", self.glasses, 1, False)
-        parting = pick(self.rng, (-.5, 0, .5))
-        fringe = uniform(self.rng, .42, .68)
-        down = {"short": .1, "curly": .0, "bun": .25}.get(self.hair_style, -.5)
-        self.on_head(((-1.06, down), (-1.1, .5), (-.7, 1.02), (0, 1.2), (.7, 1.02), (1.1, .5), (1.06, down), (.86, .2),
-                      (.72, fringe), (parting, fringe + .16), (-.72, fringe), (-.86, .2)), "hair", hair, .9)
-        self.on_head(((-.7, .75), (-.3, 1.05), (.5, 1.0), (.1, .85)), "hair", hair, 1.25)
-        if self.hair_style == "long":
-            for s in (1, -1):  # locks in front of the shoulders
-                low = -2.3 - .4 * self.rng.random()
-                self.on_head(((s * .85, .3), (s * 1.12, .35), (s * 1.35, -.7), (s * 1.45, low), (s * .95, low - .15), (s * .8, -.9)),
-                             "hair", hair, .95)
-                self.on_head(((s * 1.0, .1), (s * 1.1, .1), (s * 1.25, low + .4), (s * 1.1, low + .4)), "hair", hair, 1.25)
-        if self.hat:
-            self.wear_hat()
-
-    def head_back(self):
-        hair, style = self.hair, self.hair_style
-        for s in (1, -1):
-            self.spot(s * .98, -.05, .17, .2, "skin", self.skin, .9)
-        self.on_head(((-.9, -.2), (.9, -.2), (.62, -.85), (-.62, -.85)), "skin", self.skin, .9)
-        if style == "curly":
-            self.spot(0, .22, 1.55, 1.3, "hair", hair, .88)
-        low = {"bob": -1.2, "long": -2.3}.get(style, -.62)
-        wide = 1.2 if low < -1 else .62
-        self.on_head(((-1.06, .3), (-.75, .95), (0, 1.16), (.75, .95), (1.06, .3), (1.06 if low < -1 else .92, -.3), (wide, low),
-                      (0, low - .12), (-wide, low), (-1.06 if low < -1 else -.92, -.3)), "hair", hair, .88)
-        self.on_head(((-.6, .4), (0, .85), (.6, .4), (.35, low + .5), (-.35, low + .5)), "hair", hair, 1.1)
-        if style == "bun":
-            self.spot(0, .45, .5, .42, "hair", hair, .7)
-            self.spot(0, .5, .4, .34, "hair", hair, 1.2)
-        if self.hat:
-            self.wear_hat()
-
-    def wear_hat(self):
-        shape, cloth = self.hat
-        x0 = .3 * math.sin(self.turn)
-        level = .5 if self.front else .25
-        top = 1.5 if shape == "beanie" else 1.38
-        self.on_head(((-1.13, level), (-1.02, .95), (-.5, top), (.5, top), (1.02, .95), (1.13, level), (0, level - .1)), "hat", cloth, .9)
-        self.on_head(((-.6, level + .25), (-.3, top - .1), (.3, top - .1), (.6, level + .25)), "hat", cloth, 1.1)
-        if shape == "brim":
-            self.spot(0, level + .05, 1.85, .26, "hat", cloth, .8)
-            self.spot(0, level + .1, 1.6, .14, "hat", cloth, 1.05)
-        elif shape == "beanie":
-            self.on_head(((-1.18, level - .05), (-1.15, level + .3), (0, level + .38), (1.15, level + .3), (1.18, level - .05), (0, level - .12)),
-                         "hat", cloth, 1.2)
-        elif self.front:
-            self.on_head(((x0 - .95, level + .1), (x0, level + .2), (x0 + .95, level + .1), (x0 * 1.6 + .8, level - .16),
-                          (x0 * 1.6 - .8, level - .16)), "hat", cloth, .7)
+            low = uniform(self.rng, .07, .17)
+            self.on_torso(((.004, .30), (.042, .30), (.052, low), (.008, low - .006)), "scarf", self.scarf, .9, .3, side)
+            lit = (.014, .29), (.03, .29), (.034, low + .01), (.018, low + .01)
+            self.on_torso(lit, "scarf", self.scarf, 1.1, .3, side)
+        around = (-.058, .318), (-.04, .345), (.04, .345), (.058, .318), (.035, .275), (-.035, .275)
+        fold = (-.042, .312), (0, .298), (.042, .312), (0, .285)
+        for points, shade in ((around, .95), (fold, 1.14)):
+            self.paint(smooth([self.torso(x, y) for x, y in points]), "torso", "scarf", self.scarf, shade, .8)
 
     # --- bags: a bag has no body part ---
 
@@ -462,30 +368,33 @@ class Person:
         """The side of the hand that hangs lower: it carries the bag."""
         return max(self.arms, key=lambda s: self.arms[s][3].imag)
 
-    def in_bag(self, points, cloth, shade, curve=False):
-        self.paint(smooth(points) if curve else points, "background", "bag", cloth, shade)
-
     def handbag(self, hand):
         h, cloth = self.h, self.bag_cloth
         w, d = uniform(self.rng, .05, .085) * h, uniform(self.rng, .08, .13) * h
         top = hand + .05j * h
-        self.in_bag(arc(top, .6 * w, .065 * h, 1, 180, 360) + arc(top, .42 * w, .05 * h, 1, 360, 180), cloth, .8)
-        self.in_bag([top - .8 * w, top + .8 * w, top + w + 1j * d, top - w + 1j * d], cloth, .88)
-        self.in_bag([top - .6 * w + .1j * d, top + .6 * w + .1j * d, top + .75 * w + .85j * d, top - .75 * w + .85j * d], cloth, 1.08)
+        handle = arc(top, .6 * w, .065 * h, 1, 180, 360) + arc(top, .42 * w, .05 * h, 1, 360, 180)
+        self.paint(handle, "background", "bag", cloth, .8)
+        for size, high, low, shade in ((1, 0, 1, .88), (.75, .1, .85, 1.08)):
+            self.paint([top + complex(x * size * w, y * d) for x, y in ((-.8, high), (.8, high), (1, low), (-1, low))],
+                       "background", "bag", cloth, shade)
 
     def carry_bag(self):
+        """A bag on the back, whose straps are what a front view sees, or one at the hip on a strap across the chest."""
         h, cloth, s = self.h, self.bag_cloth, self.bag_side()
         if self.bag == "back" and not self.front:
-            self.in_bag([self.torso(x, y) for x, y in ((-.075, .06), (-.08, .22), (-.05, .275), (.05, .275), (.08, .22), (.075, .06),
-                                                       (0, .045))], cloth, .86, True)
-            self.in_bag([self.torso(x, y) for x, y in ((-.045, .085), (-.05, .15), (.05, .15), (.045, .085))], cloth, 1.12)
+            half = (.075, .06), (.08, .22), (.05, .275)
+            outline = [(0, .045), *half, *((-x, y) for x, y in half[::-1])]
+            self.paint(smooth([self.torso(x, y) for x, y in outline]), "background", "bag", cloth, .86)
+            self.on_torso(((-.045, .085), (-.05, .15), (.05, .15), (.045, .085)), "bag", cloth, 1.12)
         elif self.bag == "back":
             for s in (1, -1):
-                self.in_bag([self.torso(s * x, y) for x, y in ((.045, .313), (.068, .30), (.078, .20), (.088, .13), (.068, .13),
-                                                               (.054, .20))], cloth, .95)
+                self.on_torso(((.045, .313), (.068, .30), (.078, .20), (.088, .13), (.068, .13), (.054, .20)),
+                              "bag", cloth, .95, 0, s)
         else:
-            self.in_bag([self.torso(s * x, y) for x, y in ((-.066, .30), (-.044, .308), (.09, .06), (.07, .05))], cloth, .8)
-            c = self.torso(s * .10, .0)
+            self.on_torso(((-.066, .30), (-.044, .308), (.09, .06), (.07, .05)), "bag", cloth, .8, 0, s)
             w, d = .055 * h, uniform(self.rng, .045, .06) * h
-            self.in_bag([c + complex(x * w, y * d) for x, y in ((-1, -.9), (1, -.9), (1.05, .8), (.7, 1), (-.7, 1), (-1.05, .8))], cloth, .88)
-            self.in_bag([c + complex(x * w, y * d) for x, y in ((-.9, -.8), (.9, -.8), (.8, 0), (-.8, 0))], cloth, 1.15)
+            body = (-1, -.9), (1, -.9), (1.05, .8), (.7, 1), (-.7, 1), (-1.05, .8)
+            flap = (-.9, -.8), (.9, -.8), (.8, 0), (-.8, 0)
+            for points, shade in ((body, .88), (flap, 1.15)):
+                self.paint([self.torso(s * .10, 0) + complex(x * w, y * d) for x, y in points],
+                           "background", "bag", cloth, shade)

@@ -82,8 +82,13 @@ class Figure:
 
     def mirrored(self):
         """The same scene in a mirror, where every left limb is a right limb."""
-        swap = np.array([PARTS.index(p.replace("left", "-").replace("right", "left").replace("-", "right")) for p in PARTS], np.uint8)
+        swap = np.array([PARTS.index(other_side(name)) for name in PARTS], np.uint8)
         return Figure(self.image[:, ::-1].copy(), swap[self.part[:, ::-1]], self.cover[:, ::-1].copy())
+
+
+def other_side(name):
+    side, rest = side_and_limb(name)
+    return {"": "", "left": "right ", "right": "left "}[side] + rest
 
 
 def figure(seed, index, size=(128, 128), mirror=False):
@@ -163,7 +168,8 @@ def background(canvas, rng, aspect, people):
             paint(box(p.hips.real - w, y, 2 * w, .03 * p.h), plain(dye(rng)), 1.05)
     for p in people:     # shadows on the floor
         feet = [leg[2] for leg in p.legs.values()]
-        paint(disc(complex(p.hips.real, max(f.imag for f in feet) + .025 * p.h), .16 * p.h, .03 * p.h), plain((70, 66, 64)), .9)
+        ground = complex(p.hips.real, max(foot.imag for foot in feet) + .025 * p.h)
+        paint(disc(ground, .16 * p.h, .03 * p.h), plain((70, 66, 64)), .9)
 
 
 def foreground(canvas, rng, aspect, people):
@@ -207,7 +213,8 @@ class Figures:
     def __init__(self, domain, seed, count, size=(128, 128), offset=0, stride=1):
         if domain.name not in TABLES:
             raise InputError(f"figures have no label set '{domain.name}'; they have {', '.join(TABLES)}")
-        self.domain, self.seed, self.count, self.size, self.offset, self.stride = domain, seed, count, tuple(size), offset, stride
+        self.domain, self.seed, self.count, self.size = domain, seed, count, tuple(size)
+        self.offset, self.stride = offset, stride
 
     def __len__(self):
         return self.count
