@@ -201,9 +201,9 @@ def mst_by_hand(static, l):
     1->2: Q K^T / 2 = ln 3 [[1, 0], [0, 1], [0, 0]], softmax [[3/4, 1/4], [1/4, 3/4], [1/2, 1/2]], V_1 = 8 e1, 8 e2
     2->1: Q K^T / 2 = ln 3 [[1, 0, 0], [0, 1, 0]], softmax [[3/5, 1/5, 1/5], [1/5, 3/5, 1/5]], V_2 = 5 e1, 5 e2, 5 e3
     """
-    mst, l = MST(static, dim=4), str(l)
-    weigh(mst.Q_1[l], I4), weigh(mst.Q_2[l], I4), weigh(mst.K_1[l], LN3 * I4), weigh(mst.K_2[l], LN3 * I4)
-    weigh(mst.V_1[l], 4 * I4), weigh(mst.V_2[l], 5 * I4)
+    mst = MST(static, dim=4)
+    weigh(mst.QKV_1[str(l)], torch.cat([I4, LN3 * I4, 4 * I4], dim=1))  # side by side: Q | K | V
+    weigh(mst.QKV_2[str(l)], torch.cat([I4, LN3 * I4, 5 * I4], dim=1))
     return mst
 
 
@@ -268,16 +268,17 @@ def uniform(sizes, **options):
     """Q = 0, V = W = 1 in all of MST: 1->2 is the mean over z1 of M[z2, z1] X_1[z1], M_static = 1, M_dynamic = S_2 S_1^T."""
     static = {(a, b): torch.ones(sizes[b], sizes[a]) for a in sizes for b in sizes}
     sst = SST([domain(name, Z) for name, Z in sizes.items()], dim=2, static=static, **options)
-    for name, weight in sst.mst.named_parameters():
-        torch.nn.init.zeros_(weight) if ".Q_" in name else torch.nn.init.eye_(weight)
+    I2 = torch.eye(2)
+    for name, layer in sst.mst.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            weigh(layer, torch.cat([0 * I2, I2, I2], dim=1) if ".QKV_" in name else I2)
     return sst
 
 
 def test_eq11_averages_over_all_pairs_of_images_and_sums_over_the_scales():
     S_1 = torch.stack([rows((1, 0), (0, 0)), rows((0, 1), (0, 0))])  # images a, b of domain 1; class 1 is absent everywhere
     S_2 = torch.stack([rows((1, 0), (0, 0)), rows((1, 1), (0, 0))])  # images c, d of domain 2
-    X_1 = torch.stack([rows((1, 0), (5, 5)), rows((0, 1), (5, 5))])
-    X_2 = torch.stack([rows((1, 0), (5, 5)), rows((3, 4), (5, 5))])
+    X_1, X_2 = S_1 + rows((0, 0), (5, 5)), torch.stack([rows((1, 0), (5, 5)), rows((3, 4), (5, 5))])
     # M_dynamic[0, 0] = S_2[0] . S_1[0]: 1 for (a, c), (a, d), (b, d), 0 for (b, c). What is mapped is then the other image's
     # row 0, or nothing (1 - cos = 1); row 1 is never mapped, and counts 1.
     # (a, c): cos 1,   (0 + 1)/2 twice   = 1        (b, c): nothing is mapped, (1 + 1)/2 twice = 2
@@ -336,9 +337,8 @@ def test_eq12_sums_over_three_domains_and_their_connected_pairs(connect, dataset
     losses, _ = sst([torch.ones(3, 2, 1, 2)] * 3, torch.full((3, 1, 2), 255), [0, 1, 2])
     close(losses["dataset"], dataset)
     close(losses["img"], float(img))  # without a labelled pixel, 6 a pair
-    terms = {"seg/a": 1.0, "seg/b": 2.0, "seg/c": 3.0, "aux/a": 4.0, "aux/b": 5.0, "aux/c": 6.0} | {
-        "dataset": losses["dataset"], "img": losses["img"]}
-    close(L_u(terms), 10 * 6 + 15 + 5 * (dataset + img))
+    terms = {"seg/a": 1, "seg/b": 2, "seg/c": 3, "aux/a": 4, "aux/b": 5, "aux/c": 6}
+    close(L_u(losses | terms), 10 * 6 + 15 + 5 * (dataset + img))
 
 
 def test_eq13_trains_one_domain_first_without_and_then_with_consistency():
@@ -346,4 +346,4 @@ def test_eq13_trains_one_domain_first_without_and_then_with_consistency():
     terms = {"seg/source": 100, "aux/source": 1000, "seg/target": 2, "aux/target": 3, "dataset": 4, "img": 5}
     assert L_d(terms, "target") == 10 * 2 + 1 * 3 + 5 * (4 + 5)
     assert L_d(terms, "target", alpha=10, beta=0, lam=0) == 20  # fine-tuning, Table 5
-    assert L_d({"seg/a": 1, "seg/a2": 50}, "a") == 10  # a name that begins alike is another domain
+    assert L_d({"seg/a": 1, "seg/a2": 50}, "a") == 10  # another domain

@@ -1,0 +1,145 @@
+"""Label domains: the published ids, the priors, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sst.domains import BUILTIN, HERE, LabelDomain, builtin_domain, from_dict, vocabulary, word_similarity
+from sst.errors import InputError
+
+GOOD = {"name": "mine", "classes": ["background", "left hand", "right hand", "hat"],
+        "flip_pairs": [["left hand", "right hand"]], "adjacency": [["hat", "left hand"]]}
+
+
+def test_builtin_domains_have_the_published_ids():
+    assert {name: builtin_domain(name).num_classes for name in BUILTIN} == {
+        "pascal": 7, "atr": 18, "cihp": 20, "lip": 20, "ccp-coarse": 7, "ccp-middle": 13, "ccp-fine": 27}
+    assert builtin_domain("pascal").classes == ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
+    assert [builtin_domain("atr").index(c) for c in ("hat", "belt", "left shoe", "right arm", "scarf")] == [1, 8, 9, 15, 17]
+    cihp, lip = builtin_domain("cihp"), builtin_domain("lip")
+    assert [cihp.index(c) for c in ("glove", "torso-skin", "left arm", "right shoe")] == [3, 10, 14, 19]
+    assert [c for c in zip(cihp.classes, lip.classes) if c[0] != c[1]] == [("torso-skin", "jumpsuits")]
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_intra_mask_is_a_symmetric_sparse_graph_of_the_body(name):
+    domain = builtin_domain(name)
+    mask = domain.intra_mask()
+    assert torch.equal(mask, mask.T) and torch.equal(mask.diagonal(), torch.ones(domain.num_classes))
+    assert mask[0].sum() == 1, "background touches only itself"
+    assert (mask[1:].sum(1) >= 2).all(), "a part that touches nothing"
+    off = mask.sum() - domain.num_classes
+    assert off / (domain.num_classes * (domain.num_classes - 1)) < 0.75
+    for left, right in domain.flip_pairs:  # contact of the two sides is a pose's, not the body's
+        assert mask[domain.index(left), domain.index(right)] == 0
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_adjacency_is_the_same_in_a_mirror(name):
+    domain = builtin_domain(name)
+    flip = domain.flip_index()
+    assert torch.equal(domain.intra_mask(), domain.intra_mask()[flip][:, flip])
+
+
+def test_limbs_touch_on_their_own_side_only():
+    cihp = builtin_domain("cihp")
+    touch = lambda a, b: bool(cihp.intra_mask()[cihp.index(a), cihp.index(b)])
+    assert touch("left leg", "left shoe") and not touch("left leg", "right shoe")
+    assert touch("pants", "left shoe") and touch("pants", "right shoe")
+    assert touch("face", "hair") and touch("face", "torso-skin") and not touch("hat", "pants")
+    atr = builtin_domain("atr")
+    assert all(atr.intra_mask()[atr.index("bag"), atr.index(side + " arm")] for side in ("left", "right"))
+
+
+def test_flip_index_is_its_own_inverse():
+    for name in BUILTIN:
+        flip = builtin_domain(name).flip_index()
+        assert torch.equal(flip[flip], torch.arange(len(flip)))
+    assert builtin_domain("atr").flip_index().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 9, 11, 13, 12, 15, 14, 16, 17]
+
+
+def test_palette_tells_all_classes_apart_and_relates_domains():
+    for name in BUILTIN:
+        palette = builtin_domain(name).palette()
+        assert palette.dtype == np.uint8 and len({tuple(c) for c in palette.tolist()}) == len(palette)
+    pascal, cihp = builtin_domain("pascal"), builtin_domain("cihp")
+    assert (pascal.palette()[pascal.index("torso")] == cihp.palette()[cihp.index("upper-clothes")]).all()
+
+
+def test_clothing_co_parsing_lists_are_disjoint():
+    ids = {g: (HERE / "builtin" / f"ccp-{g}_train_id.txt").read_text().split() for g in ("coarse", "middle", "fine")}
+    ids["val"] = (HERE / "builtin" / "ccp_val_id.txt").read_text().split()
+    assert {name: len(part) for name, part in ids.items()} == {"coarse": 267, "middle": 267, "fine": 266, "val": 104}
+    assert len({id for part in ids.values() for id in part}) == 904
+
+
+def test_word_similarity_of_known_words():
+    cihp, pascal = builtin_domain("cihp"), builtin_domain("pascal")
+    M = word_similarity(cihp, pascal)
+    assert M.shape == (20, 7) and M.abs().max() <= 1 + 1e-5
+    assert torch.allclose(word_similarity(cihp, cihp).diagonal(), torch.ones(20), atol=1e-5)
+    assert torch.allclose(M.T, word_similarity(pascal, cihp))
+    assert M[0, 0] == pytest.approx(1, abs=1e-5) and M[0].argmax() == 0
+    same = word_similarity(cihp, builtin_domain("lip"))
+    assert same[cihp.index("left arm"), cihp.index("right arm")] > same[cihp.index("left arm"), cihp.index("hat")]
+
+
+def test_vocabulary_covers_every_builtin_class_and_raw_tag_in_300_KB():
+    assert (HERE / "label_vectors.npz").stat().st_size < 300_000 and len(vocabulary()) >= 150
+    for name in BUILTIN:
+        word_similarity(builtin_domain(name), builtin_domain(name))
+    tags = [tag.replace("-", " ") for tags in builtin_domain("ccp-fine").label_map.values() for tag in tags]
+    assert len(tags) == 59 and all(tag in vocabulary() for tag in tags)
+
+
+def test_a_word_without_vector_is_named_with_the_fix():
+    with pytest.raises(InputError, match="class 'qwertz' has no word vector; add it to .*make_label_vectors"):
+        word_similarity(LabelDomain("x", ("background", "qwertz")), builtin_domain("pascal"))
+
+
+def test_a_domain_survives_json():
+    domain = from_dict(GOOD)
+    assert from_dict(json.loads(json.dumps(domain.to_dict()))) == domain
+    assert domain.intra_mask().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_a_domain_without_adjacency_says_what_to_do():
+    with pytest.raises(InputError, match="--intra-mask none"):
+        from_dict({"name": "mine", "classes": ["background", "body"]}).intra_mask()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"classes": ["background", "hat", "hat"]}, "class 'hat' is listed twice"),
+    ({"classes": ["background"]}, "1 classes; a domain has 2 to 255"),
+    ({"classes": ["background"] + [f"c{i}" for i in range(255)]}, "256 classes"),
+    ({"classes": "background"}, "must be a list"),
+    ({"classes": ["background", 3]}, "3 is no class name"),
+    ({"name": "my domain"}, "use letters, digits"),
+    ({"name": None}, "use letters, digits"),
+    ({"flip_pairs": [["left hand", "left foot"]]}, "names 'left foot', which is not a class; classes are background, left hand"),
+    ({"flip_pairs": [["left hand", "right hand"], ["hat", "left hand"]]}, "'left hand' is in two flip_pairs"),
+    ({"flip_pairs": [["hat"]]}, "every entry is a pair"),
+    ({"flip_pairs": ["ab"]}, "every entry is a pair"),
+    ({"adjacency": [["hat", "hat"]]}, "pairs 'hat' with itself"),
+    ({"adjacency": [["hat", "shoe"]]}, "names 'shoe'"),
+    ({"adjacency": 3}, "must be a list"),
+    ({"label_map": {"hat": [1]}}, "label_map lacks class 'background'"),
+    ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}}, "raw label 1 is in class 'left hand' and in"),
+    ({"label_map": {"background": [255], "left hand": [1], "right hand": [3], "hat": [2]}}, "255 is always ignored"),
+    ({"label_map": {"background": [True], "left hand": [1], "right hand": [3], "hat": [2]}}, "neither a tag name nor an integer"),
+    ({"label_map": {"background": ["null"], "left hand": [1], "right hand": [], "hat": []}}, "mixes tag names and integers"),
+    ({"label_map": {"background": 0, "left hand": [1], "right hand": [3], "hat": [2]}}, "must map every class to a list"),
+    ({"label_map": {"head": [1]}}, "names 'head', which is not a class"),
+    ({"flippairs": []}, "unknown key 'flippairs'; known are name, classes"),
+])
+def test_a_domain_that_contradicts_itself_is_refused_in_one_sentence(change, message):
+    with pytest.raises(InputError) as caught:
+        from_dict(GOOD | change, "somewhere/domain.json")
+    assert message in str(caught.value) and str(caught.value).startswith("somewhere/domain.json: ") and "\n" not in str(caught.value)
+
+
+def test_unknown_builtin_name_lists_the_known():
+    with pytest.raises(InputError, match="unknown label domain 'coco'; built in are atr, ccp-coarse"):
+        builtin_domain("coco")
