@@ -40,7 +40,7 @@ class Universal(nn.Module):
     def forward(self, images, labels, domain):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
         labels = labels.long()
-        H = self.net.features(images.float() / 255)
+        H = self.net.features(images.to(self.net.mean.dtype) / 255)
         logits, terms, X = {}, {}, {}
         for i, (name, head) in enumerate(self.net.heads.items()):
             rows = rows_of(domain, i)

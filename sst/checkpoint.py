@@ -56,7 +56,7 @@ def load_model(path):
     """(ParsingNet in eval mode, its label domains) from a model.pt, best.pt or last.pt. Raises InputError."""
     content = load(path, "model")
     domains = [from_dict(fields, str(path)) for fields in content["domains"]]
-    net = from_spec(content["arch"], domains)
+    net = from_spec(content["arch"], domains, str(path))
     load_weights(net, content["weights"], path)
     return net.eval(), domains
 

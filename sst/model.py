@@ -158,7 +158,8 @@ class SwinBlock(nn.Module):
             zone = self.windows(zones(H, h, s, x.device)[:, None, None] * 8 + zones(W, w, s, x.device)[:, None])  # (N, n*n, 1)
             apart = (zone != zone.transpose(1, 2)) * -100.0  # (N, n*n, n*n)
             bias = (bias + apart[:, None]).repeat(B, 1, 1, 1)  # (B*N, M, n*n, n*n)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        attention = (q @ k.transpose(-1, -2) * (D // M) ** -0.5 + bias).softmax(dim=-1)
+        y = attention.to(v.dtype) @ v
         y = self.output(y.transpose(1, 2).reshape(-1, n * n, D))
         y = y.view(B, h // n, w // n, n, n, D).transpose(2, 3).reshape(B, h, w, D)
         if s:
@@ -236,9 +237,12 @@ class ParsingNet(nn.Module):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.arch).items()}
 
 
-def from_spec(spec, domains):
-    """A ParsingNet from `ParsingNet.spec()`; raises InputError where the spec is of another version."""
+def from_spec(spec, domains, origin="checkpoint"):
+    """A ParsingNet from `ParsingNet.spec()`; raises InputError, naming `origin`, where the sizes are none that fit together."""
     known = set(Arch.__dataclass_fields__)
     if not isinstance(spec, dict) or set(spec) != known:
-        raise InputError(f"checkpoint: its architecture is {spec!r}; expected the fields {', '.join(sorted(known))}")
-    return ParsingNet(domains, Arch(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}))
+        raise InputError(f"{origin}: its architecture is {spec!r}; expected the fields {', '.join(sorted(known))}")
+    try:
+        return ParsingNet(domains, Arch(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}))
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"{origin}: its architecture {spec!r} cannot be built ({' '.join(str(error).split())})") from None

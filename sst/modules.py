@@ -103,8 +103,9 @@ class MST(nn.Module):
 
     def __init__(self, static, dim, scales=range(L + 1)):
         super().__init__()
-        for name in ("Q_1", "K_1", "V_1", "Q_2", "K_2", "V_2"):
-            self.add_module(name, nn.ModuleDict({str(l): linear(dim, dim) for l in scales}))
+        # Q^, K^, V^ of a domain and layer stand one below the other in one matrix: one product instead of three.
+        for name in ("QKV_1", "QKV_2"):
+            self.add_module(name, nn.ModuleDict({str(l): linear(dim, 3 * dim) for l in scales}))
         for name in ("W_1", "W_2"):
             self.add_module(name, nn.ModuleDict({str(l): linear(dim, dim) for l in scales if l > 0}))
         self.register_buffer("M_static", static.float())
@@ -122,9 +123,10 @@ class MST(nn.Module):
         return self.map(l, X_1, X_2, M_dynamic)
 
     def map(self, l, X_1, X_2, M):
-        l = str(l)
-        to_2 = masked_attention(self.Q_2[l](X_2), self.K_1[l](X_1), self.V_1[l](X_1), M)
-        to_1 = masked_attention(self.Q_1[l](X_1), self.K_2[l](X_2), self.V_2[l](X_2), M.transpose(-1, -2))
+        Q_1, K_1, V_1 = self.QKV_1[str(l)](X_1).chunk(3, dim=-1)
+        Q_2, K_2, V_2 = self.QKV_2[str(l)](X_2).chunk(3, dim=-1)
+        to_2 = masked_attention(Q_2, K_1, V_1, M)
+        to_1 = masked_attention(Q_1, K_2, V_2, M.transpose(-1, -2))
         return to_2, to_1
 
 

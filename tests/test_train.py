@@ -1,0 +1,282 @@
+"""train.py: the flags, what SST leaves untouched, what a run writes, several processes, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from sst import checkpoint
+from sst.batches import Crops, Schedule, collate
+from sst.config import DEMO, resolve
+from sst.domains import builtin_domain
+from sst.errors import InputError
+from sst.figures import Figures
+from sst.losses import L_u
+from sst.model import Arch
+
+ROOT = Path(__file__).parent.parent
+TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
+DOMAINS = [builtin_domain(name) for name in train.FIGURE_DOMAINS]
+BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label")
+
+
+def batches(domains, count, size=3, seed=0):
+    data = Crops([Figures(d, 0, 20, (64, 64), i, 3) for i, d in enumerate(domains)], None, (64, 64), seed)
+    schedule = Schedule([20] * len(domains), size, seed)
+    return [collate([data[key] for key in schedule[m]]) for m in range(count)]
+
+
+def loss_of(model, config, batch):
+    terms, _ = model(*batch[:3])
+    return L_u(terms, config["alpha"], config["beta"], config["lam"])
+
+
+MODES = [{}, {"beta": 0, "lam": 0}, {"beta": 0}, {"lam": 0}, {"intra_mask": "none"}, {"scr": "dataset"}, {"scr": "image"}, {"scr": "none"},
+         {"beta": 0, "scr": "dataset"}, {"connect": "progressive"}, {"regions": "prediction"}, {"domains": 1}, {"domains": 1, "beta": 0},
+         {"domains": 2}]
+
+
+@pytest.mark.parametrize("change", MODES, ids=str)
+def test_a_few_steps_lower_the_loss(change):
+    domains = DOMAINS[:change.get("domains", 3)]
+    config = BASE | change
+    model = train.build(config, domains).train()
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, config), lr=1e-3)
+    (batch,) = batches(domains, 1)
+    losses = []
+    for _ in range(6):
+        loss = loss_of(model, config, batch)
+        loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing, "DDP would wait for these forever"
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.parametrize("change", [{"beta": 0, "lam": 0}, {"scr": "dataset", "connect": "progressive"}], ids=str)
+def test_a_seed_gives_the_network_the_same_weights_with_and_without_sst(change):
+    one, two = (train.build(BASE | c, DOMAINS).net.state_dict() for c in ({}, change))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    other = train.build(BASE | {"seed": 1}, DOMAINS).net.state_dict()
+    assert not torch.equal(one["backbone.conv1.weight"], other["backbone.conv1.weight"])
+
+
+def test_without_both_weights_no_sst_module_is_built():
+    assert train.build(BASE | {"beta": 0, "lam": 0}, DOMAINS).sst is None
+    assert train.build(BASE | {"beta": 0}, DOMAINS[:1]).sst is None, "one domain has nothing to be consistent with"
+    model = train.build(BASE | {"lam": 0}, DOMAINS)
+    assert model.sst is not None and len(model.sst.mst) == 0
+
+
+def test_the_kept_network_is_the_same_with_and_without_sst_attached():
+    images = torch.rand(1, 3, 64, 64)
+    outputs, flops, sizes = [], [], []
+    for change in ({}, {"beta": 0, "lam": 0}):
+        net = train.build(BASE | change, DOMAINS).eval().net
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            outputs.append(net(images))
+        flops.append(counter.get_total_flops())
+        sizes.append(sum(p.numel() for p in net.parameters()))
+    assert flops[0] == flops[1] > 0 and sizes[0] == sizes[1]
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+
+
+def test_sst_reads_the_network_only_through_its_losses():
+    """A step with SST and without differ, but the segmentation terms of the very same weights do not."""
+    (batch,) = batches(DOMAINS, 1)
+    with_sst, without = (train.build(BASE | c, DOMAINS).train()(*batch[:3])[0] for c in ({}, {"beta": 0, "lam": 0}))
+    assert [name for name in without] == ["seg/pascal", "seg/atr", "seg/cihp"]
+    assert all(torch.equal(with_sst[name], without[name]) for name in without)
+
+
+def test_groups_give_the_backbone_its_rate_and_spare_norms_from_decay():
+    model = train.build(BASE, DOMAINS)
+    groups = train.parameter_groups(model, BASE | {"backbone_lr_scale": 0.1})
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    of = {id(p): g for g in groups for p in g["params"]}
+    net = model.net
+    assert of[id(net.backbone.conv1.weight)]["scale"] == 0.1 and of[id(net.heads["atr"].weight)]["scale"] == 1
+    assert of[id(net.backbone.bn1.weight)]["weight_decay"] == 0 and of[id(net.backbone.conv1.weight)]["weight_decay"] == 0.05
+    assert of[id(model.sst.mse["atr"].X_0)]["weight_decay"] == 0
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------------------
+
+SHORT = ["--size", "64x64", "--crop", "64x64", "--batch-size", "3", "--workers", "0", "--validations", "1", "--log-every", "1"]
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    train.main()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    run(monkeypatch, *SHORT, "--steps", 2, "--out", out)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"writing to {out}") and "mean accuracy %" in printed and "--beta 0 --lam 0" in printed
+    assert {f.name for f in out.iterdir()} == {"model.pt", "best.pt", "last.pt", "config.json", "log.jsonl", "curves.png", "samples.png"}
+
+    config = json.loads((out / "config.json").read_text())
+    assert (config["alpha"], config["steps"], config["crop"], config["global_batch"]) == (10, 2, [64, 64], 3)
+
+    first, second, val = lines(out)
+    assert (first["kind"], first["step"], second["step"], val["kind"]) == ("train", 1, 2, "val")
+    assert set(first["loss"]) == {"seg/pascal", "seg/atr", "seg/cihp", "aux/pascal", "aux/atr", "aux/cihp", "dataset", "img", "total"}
+    total = 10 * sum(v for k, v in first["loss"].items() if k[:3] == "seg") + sum(v for k, v in first["loss"].items() if k[:3] == "aux") \
+        + 5 * (first["loss"]["dataset"] + first["loss"]["img"])
+    assert first["loss"]["total"] == pytest.approx(total, rel=1e-5)
+    assert set(first["cos"]) == set(val["miou"]) == {"pascal", "atr", "cihp"} and abs(first["cos"]["atr"]["x0"]) < 0.01
+    assert first["time"]["seconds"] > 0 and all(0 <= v <= 100 for v in val["miou"].values())
+
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert set(content) == {"format", "arch", "domains", "weights"} and content["format"] == 1
+    assert not [key for key in content["weights"] if "msa" in key or "mse" in key or "mst" in key]
+    net, domains = checkpoint.load_model(out / "model.pt")
+    assert [d.name for d in domains] == ["pascal", "atr", "cihp"] and not net.training
+    assert checkpoint.load_model(out / "best.pt")[0](torch.rand(1, 3, 40, 50))["cihp"].shape == (1, 20, 40, 50)
+
+    with pytest.raises(InputError, match="holds a run already; give another folder, or go on with it: --resume"):
+        run(monkeypatch, *SHORT, "--steps", 2, "--out", out)
+    with pytest.raises(InputError, match="--lr beside --resume"):
+        run(monkeypatch, "--resume", out, "--lr", 1)
+
+    # Interrupted after step 1 and resumed ends where the uninterrupted run ended.
+    class Interrupt(Exception):
+        pass
+
+    half, save = tmp_path / "half", train.save_run
+
+    def save_and_stop(*args):
+        save(*args)
+        raise Interrupt
+
+    monkeypatch.setattr(train, "save_run", save_and_stop)
+    with pytest.raises(Interrupt):
+        run(monkeypatch, *SHORT, "--steps", 2, "--validations", 2, "--out", half)
+    monkeypatch.setattr(train, "save_run", save)
+    run(monkeypatch, "--resume", half)
+    resumed, whole = (torch.load(folder / "model.pt", weights_only=True)["weights"] for folder in (half, out))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert [(line["step"], line["kind"]) for line in lines(half)] == [(1, "train"), (1, "val"), (2, "train"), (2, "val")]
+
+
+DRIVER = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+import train
+train.Figures.__len__ = lambda self: min(self.count, 6)  # a short validation
+train.main()
+"""
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT)))
+    flags = [*SHORT, "--steps", "3", "--global-batch", "6", "--lr", "1e-3"]
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        done = subprocess.run([sys.executable, *launch, str(driver), *flags, "--out", str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 3]
+    for a, b in zip(one[:3], two[:3]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    assert one[3]["miou"] == pytest.approx(two[3]["miou"], abs=0.01)
+    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"] for name in ("one", "two"))
+    for key in a:
+        if not key.endswith("num_batches_tracked"):  # counts the micro-batches of a process
+            torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8, msg=lambda m: f"{key}: {m}")
+
+
+# Settings that are refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batch-size", "2"], "--batch-size 2: every micro-batch needs an image of each of the 3 label domains; use 3 or more"),
+    (["--crop", "16x64"], "--crop 16x64: the deepest map has a 32nd of that size"),
+    (["--epochs", "1", "--steps", "2"], "--epochs 1 and --steps 2: give one of them"),
+    (["--global-batch", "7", "--batch-size", "3"], "--global-batch 7: must be a multiple of --batch-size 3"),
+    (["--lr", "nan"], "--lr nan: must lie between"),
+    (["--lam", "-1"], "--lam -1.0: must lie between"),
+    (["--data", "coco=."], "unknown label domain 'coco'"),
+    (["--data", "pascal=nowhere"], "pascal=nowhere: no such folder"),
+    (["--resume", "nowhere"], "nowhere/last.pt: no such file"),
+    (["--backbone-weights", "nowhere.pth"], "nowhere.pth: no such file"),
+])
+def test_one_sentence_for_settings_that_cannot_be_used(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        run(monkeypatch, *flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_the_sentence_is_all_that_a_user_sees(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "pascal=nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == "train.py: pascal=nowhere: no such folder; give the folder that holds the dataset\n"
+
+
+def test_fresh_folders_are_numbered(tmp_path, monkeypatch):
+    from sst.config import open_folder
+    monkeypatch.chdir(tmp_path)
+    config = resolve([]) | {"out": None}
+    assert [str(open_folder(config)) for _ in range(3)] == ["runs/universal", "runs/universal-2", "runs/universal-3"]
+
+
+def test_presets_and_overrides():
+    assert resolve([])["preset"] == "demo" and resolve([])["batch_size"] == DEMO["batch_size"]
+    paper = resolve(["--data", "pascal=x", "--lam", "2"])
+    wanted = dict(preset="paper", arch="r50", epochs=150, steps=None, lr=1e-4, drop_at=125 / 150, alpha=10, beta=1, lam=2,
+                  crop=(512, 512), batch_size=4, size=None, backbone_weights="auto")
+    assert {key: paper[key] for key in wanted} == wanted
+    small = resolve(["--preset", "small", "--data", "pascal=x", "--steps", "7", "--size", "96x64"])
+    assert (small["steps"], small["epochs"], small["size"], small["arch"]) == (7, None, (96, 64), "small")
+
+
+# Checkpoints that are refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
+    model = train.build(BASE, DOMAINS)
+    path = tmp_path / "model.pt"
+    good = checkpoint.model_content(model.net, DOMAINS)
+
+    def refused(content, message):
+        checkpoint.save(content, path)
+        with pytest.raises(InputError) as caught:
+            checkpoint.load_model(path)
+        assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused(good | {"domains": good["domains"][:2]}, "heads.cihp.weight is (20, 32, 1, 1) there and absent here")
+    refused(good | {"arch": good["arch"] | {"dim": 64}}, "encoder.level is (3, 32) there and (3, 64) here")
+    refused(good | {"arch": good["arch"] | {"dim": "wide"}}, "cannot be built (")
+    refused(good | {"arch": {"dim": 64}}, "its architecture is")
+    refused(good | {"format": 2}, "format 2; this version reads format 1")
+    refused({"weights": {}}, "lacks arch, domains, format")
+    refused([1, 2], "lacks arch, domains, format, weights")
+    path.write_bytes(b"PK\x03\x04 no checkpoint")
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        checkpoint.load_model(path)
+    with pytest.raises(InputError, match="no such file"):
+        checkpoint.load_model(tmp_path / "none.pt")
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save({"step": 1}, path)
+    with pytest.raises(Exception):
+        checkpoint.save({"step": lambda: None}, path)  # cannot be pickled
+    assert torch.load(path, weights_only=True) == {"step": 1}
