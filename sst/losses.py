@@ -24,9 +24,11 @@ def L_aux(A_aux, Y):
 
 def cosine(a, b):
     """Cosine similarity along the last axis. A row of zeros has no direction: its cosine is 0, and so is its gradient."""
-    norm = (a.square().sum(-1) * b.square().sum(-1))
-    zero = norm == 0
-    return torch.where(zero, 0, (a * b).sum(-1) / torch.where(zero, 1, norm).sqrt())
+    aa, bb = a.square().sum(-1), b.square().sum(-1)
+    zero = (aa == 0) | (bb == 0)
+    # Two roots, not the root of the product: that would over- or underflow where neither length does.
+    lengths = torch.where(zero, 1, aa).sqrt() * torch.where(zero, 1, bb).sqrt()
+    return torch.where(zero, 0, (a * b).sum(-1) / lengths)
 
 
 def disagreement(X, mapped):

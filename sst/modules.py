@@ -42,7 +42,7 @@ class MSA(nn.Module):
         Z = self.num_classes
         pixels = H_l.permute(0, 2, 3, 1).reshape(-1, D)  # (B*h*w, D)
         # Every (image, class) is a segment, and one more per image takes what belongs to no region.
-        segment = torch.where(delta_l == IGNORE, Z, delta_l) + (Z + 1) * torch.arange(B, device=H_l.device)[:, None, None]
+        segment = delta_l.clamp(max=Z) + (Z + 1) * torch.arange(B, device=H_l.device)[:, None, None]
         segment = segment.flatten()  # (B*h*w,)
         K = B * (Z + 1)
         size = pixels.new_zeros(K).index_add(0, segment, pixels.new_ones(len(segment)))  # |delta|
@@ -75,7 +75,7 @@ class MSE(nn.Module):
 
     def __init__(self, intra_mask, dim, layers=L):
         super().__init__()
-        # X_0's rows start orthogonal, entries of size 1. Nothing in Eq. 10 stops all rows from sharing one direction, which
+        # X_0's rows start orthogonal (where Z <= D), entries of size 1. Nothing in Eq. 10 stops all rows from sharing one direction, which
         # makes every cosine 1; rows that start small get there within a few steps of the optimiser, these are far from it.
         self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=dim ** 0.5))
         self.f_Q, self.f_K, self.f_V = (nn.ModuleList(linear(dim, dim) for _ in range(layers)) for _ in range(3))
@@ -147,6 +147,15 @@ def connections(num_classes, connect):
     return list(zip(chain, chain[1:]))
 
 
+def static_mask(one, two, given):
+    """M_static (Z_2, Z_1): the matrix given for the pair, in either order, else the similarity of the class names."""
+    if (one.name, two.name) in given:
+        return given[one.name, two.name]
+    if (two.name, one.name) in given:
+        return given[two.name, one.name].T
+    return word_similarity(two, one)
+
+
 def regions_of(labels, H):
     """The regions delta_l of label maps (B, H, W): the label at every pixel's centre, for each map of H. L of (B, h, w)."""
     return [F.interpolate(labels[:, None].float(), size=H_l.shape[-2:], mode="nearest-exact")[:, 0].long() for H_l in H]
@@ -166,13 +175,15 @@ class SST(nn.Module):
     scr:        consistency terms, "both", "dataset" (Eq. 10), "image" (Eq. 11) or "none".
     connect:    "full" or "progressive".   aux: whether L_aux is wanted.
     regions:    "label" or "prediction": what delta is made of.
-    static:     {(name_1, name_2): M_static (Z_2, Z_1)} for pairs whose word similarities are not to be used.
+    static:     {(name_1, name_2): M_static (Z_2, Z_1)} for pairs, in either order, whose word similarities are not to be used.
     """
 
     def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label", static=None):
         super().__init__()
         self.domains, self.aux, self.regions = list(domains), aux, regions
-        self.dataset_level, self.image_level = scr in ("both", "dataset"), scr in ("both", "image")
+        self.pairs = connections([d.num_classes for d in domains], connect) if scr != "none" else []
+        self.dataset_level = scr in ("both", "dataset") and len(self.pairs) > 0
+        self.image_level = scr in ("both", "image") and len(self.pairs) > 0
         # Only what the chosen losses reach is built: a parameter without a gradient would stall DDP.
         layers = L if aux or self.image_level else 0
         masks = [d.intra_mask() if intra_mask == "body" else torch.ones(d.num_classes, d.num_classes) for d in domains]
@@ -180,11 +191,9 @@ class SST(nn.Module):
         self.mse = nn.ModuleDict({d.name: MSE(mask, dim, layers) for d, mask in zip(domains, masks)})
         self.mst = nn.ModuleDict()
         scales = ([0] if self.dataset_level else []) + ([1, 2, 3] if self.image_level else [])
-        self.pairs = connections([d.num_classes for d in domains], connect) if scales else []
         for i, j in self.pairs:
             one, two = domains[i], domains[j]
-            given = (static or {}).get((one.name, two.name))
-            self.mst[f"{one.name}:{two.name}"] = MST(word_similarity(two, one) if given is None else given, dim, scales)
+            self.mst[f"{one.name}:{two.name}"] = MST(static_mask(one, two, static or {}), dim, scales)
 
     def forward(self, H, labels, domain, logits=None):
         """The auxiliary losses of a batch.
@@ -209,9 +218,9 @@ class SST(nn.Module):
                     losses[f"aux/{d.name}"] = L_aux(MSE.auxiliary(H_d[-1], X[d.name][-1]), Y)  # Eq. 7, with F = H_3
             terms = [self.consistency(self.domains[i].name, self.domains[j].name, S, X) for i, j in self.pairs]
             if self.dataset_level:
-                losses["dataset"] = sum((dataset for dataset, _ in terms), H[0].new_zeros(()))
+                losses["dataset"] = sum(dataset for dataset, _ in terms)
             if self.image_level:
-                losses["img"] = sum((img for _, img in terms), H[0].new_zeros(()))
+                losses["img"] = sum((img for _, img in terms), H[0].new_zeros(()))  # of pairs with images; there may be none
         return losses, X
 
     def delta(self, H, labels, logits, name):

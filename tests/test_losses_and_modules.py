@@ -192,3 +192,35 @@ def test_msa_keeps_nothing_larger_than_its_feature_map_however_many_classes():
             MSA(Z, D).aggregate(H, torch.randint(Z, (B, h, w)))
         return max(prod(shape) for shape in kept)
     assert largest(200) == largest(2) <= B * D * h * w
+
+
+def test_a_given_static_matrix_serves_its_pair_in_either_order():
+    a, b = (LabelDomain(n, tuple(f"{n}{i}" for i in range(z)), (), ()) for n, z in (("a", 3), ("b", 2)))
+    M = torch.arange(6.0).view(2, 3)  # (Z_b, Z_a)
+    full = SST([a, b], 4, static={("a", "b"): M})
+    assert torch.equal(full.mst["a:b"].M_static, M)
+    chain = SST([a, b], 4, connect="progressive", static={("a", "b"): M})  # from coarse to fine: b, then a
+    assert torch.equal(chain.mst["b:a"].M_static, M.T)
+
+
+def test_one_domain_has_no_pair_and_builds_nothing_for_it():
+    a = LabelDomain("a", ("x", "y"), (), ())
+    alone = SST([a], 4)
+    assert not alone.dataset_level and not alone.image_level and len(alone.mst) == 0
+    losses, _ = alone([torch.randn(1, 4, 2, 2)] * 3, torch.zeros(1, 8, 8, dtype=torch.long), [0])
+    assert set(losses) == {"aux/a"}
+
+
+def test_cosine_neither_overflows_nor_underflows():
+    v = torch.tensor([3.0, 4.0])
+    for scale in (1e-18, 1.0, 1e18):
+        a, b = (v * scale).requires_grad_(), v.flip(0) * scale
+        c = cosine(a, b)  # (3*4 + 4*3) / 25
+        c.backward()
+        assert c.item() == pytest.approx(0.96, rel=1e-5) and torch.isfinite(a.grad).all()
+
+
+def test_an_id_beyond_the_domain_is_in_no_region():
+    H, msa = [torch.randn(2, 4, 2, 2)], MSA(2, 4)
+    good, bad = torch.tensor([[[0, 1], [1, 255]]] * 2), torch.tensor([[[0, 1], [1, 3]]] * 2)
+    assert torch.equal(msa(H, [good])[0], msa(H, [bad])[0])
