@@ -26,12 +26,13 @@ class Arch:
     layers: int = 6               # encoder layers
     ffn: int = 1024               # hidden width of the encoder's feed-forward nets
     window: int = 8               # pixels along a side of a Swin window
+    mlp: int = 4                  # hidden width of a Swin block's MLP, in multiples of D
 
 
 ARCHS = {
     "r50": Arch(),
     "r101": Arch(blocks=(3, 4, 23, 3)),
-    "small": Arch(blocks=(1, 2, 2, 1), width=16, dim=64, heads=4, layers=2, ffn=128),
+    "small": Arch(blocks=(1, 2, 2, 1), width=16, dim=64, heads=4, layers=2, ffn=128, mlp=2),
 }
 
 
@@ -130,12 +131,12 @@ class SwinBlock(nn.Module):
     shift: pixels by which the windows are displaced, 0 or n // 2.
     """
 
-    def __init__(self, dim, heads, window, shift):
+    def __init__(self, dim, heads, window, shift, mlp=4):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.output = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp * dim), nn.GELU(), nn.Linear(mlp * dim, dim))
         self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))  # relative position bias
         nn.init.trunc_normal_(self.bias, std=0.02)
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
@@ -157,8 +158,9 @@ class SwinBlock(nn.Module):
             # Rolling and padding bring pixels into one window that do not belong together.
             zone = self.windows(zones(H, h, s, x.device)[:, None, None] * 8 + zones(W, w, s, x.device)[:, None])  # (N, n*n, 1)
             apart = (zone != zone.transpose(1, 2)) * -100.0  # (N, n*n, n*n)
-            bias = (bias + apart[:, None]).repeat(B, 1, 1, 1)  # (B*N, M, n*n, n*n)
-        attention = (q @ k.transpose(-1, -2) * (D // M) ** -0.5 + bias).softmax(dim=-1)
+            bias = bias + apart[:, None]  # (N, M, n*n, n*n)
+        attention = q * (D // M) ** -0.5 @ k.transpose(-1, -2)  # (B*N, M, n*n, n*n)
+        attention = (attention.unflatten(0, (B, -1)) + bias).flatten(0, 1).softmax(dim=-1)
         y = attention.to(v.dtype) @ v
         y = self.output(y.transpose(1, 2).reshape(-1, n * n, D))
         y = y.view(B, h // n, w // n, n, n, D).transpose(2, 3).reshape(B, h, w, D)
@@ -188,12 +190,13 @@ class DecoderStage(nn.Module):
     def __init__(self, lateral, arch):
         super().__init__()
         self.lateral = nn.Conv2d(lateral, arch.dim, 1)
-        self.blocks = nn.Sequential(*(SwinBlock(arch.dim, arch.heads, arch.window, s) for s in (0, arch.window // 2)))
+        self.blocks = nn.Sequential(*(SwinBlock(arch.dim, arch.heads, arch.window, s, arch.mlp) for s in (0, arch.window // 2)))
 
     def forward(self, x, lateral):
         lateral = self.lateral(lateral)
         x = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False) + lateral
-        return self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, D, h, w)
+        x = x.permute(0, 2, 3, 1).contiguous()  # (B, h, w, D): what the blocks do is along D
+        return self.blocks(x).permute(0, 3, 1, 2)  # (B, D, h, w)
 
 
 class ParsingNet(nn.Module):
