@@ -1,0 +1,1 @@
+"""Scalable Semantic Transfer (SST) for human parsing over multiple label domains."""

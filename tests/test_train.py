@@ -96,6 +96,22 @@ def test_sst_reads_the_network_only_through_its_losses():
     assert all(torch.equal(with_sst[name], without[name]) for name in without)
 
 
+def test_a_seed_gives_the_same_crops_in_the_same_order_with_and_without_sst(tmp_path, monkeypatch):
+    seen = []
+    forward = train.Universal.forward
+
+    def spy(self, images, labels, domain):
+        seen.append((images.clone(), labels.clone(), domain))
+        return forward(self, images, labels, domain)
+
+    monkeypatch.setattr(train.Universal, "forward", spy)
+    for name, flags in (("with", []), ("without", ["--beta", "0", "--lam", "0"])):
+        run(monkeypatch, *SHORT, "--validations", "0", "--steps", 2, "--out", tmp_path / name, *flags)
+    for (images, labels, domain), (images_, labels_, domain_) in zip(seen[:2], seen[2:], strict=True):
+        assert torch.equal(images, images_) and torch.equal(labels, labels_) and domain == domain_
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
 def test_groups_give_the_backbone_its_rate_and_spare_norms_from_decay():
     model = train.build(BASE, DOMAINS)
     groups = train.parameter_groups(model, BASE | {"backbone_lr_scale": 0.1})
