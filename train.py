@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -40,7 +41,7 @@ class Universal(nn.Module):
     def forward(self, images, labels, domain):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
         labels = labels.long()
-        H = self.net.features(images.to(self.net.mean.dtype) / 255)
+        H = self.net.features(images.to(self.net.mean.dtype, memory_format=torch.channels_last) / 255)
         logits, terms, X = {}, {}, {}
         for i, (name, head) in enumerate(self.net.heads.items()):
             rows = rows_of(domain, i)
@@ -56,7 +57,9 @@ def build(config, domains):
     """The network and SST of a run. A seed gives the network the same weights whether SST is there or not."""
     torch.manual_seed(config["seed"])
     net = ParsingNet(domains, config["arch"])
-    if config["backbone_weights"] != "none":
+    if config["resume"] and config["backbone_weights"] != "none":
+        net.backbone.freeze()  # the weights come from the checkpoint
+    elif config["backbone_weights"] != "none":
         net.backbone.load_imagenet(config["backbone_weights"])
     torch.manual_seed(config["seed"] + 1)
     scr = config["scr"] if config["lam"] > 0 and len(domains) > 1 else "none"
@@ -71,26 +74,26 @@ def parameter_groups(model, config):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            still = parameter.ndim < 2 or name.endswith(("bias", "level", "X_0"))
-            groups.setdefault((name.startswith("net.backbone."), still), []).append(parameter)
+            no_decay = parameter.ndim < 2 or name.endswith(("bias", "level", "X_0"))
+            groups.setdefault((name.startswith("net.backbone."), no_decay), []).append(parameter)
     return [{"params": parameters, "scale": config["backbone_lr_scale"] if backbone else 1.0,
-             "weight_decay": 0.0 if still else config["weight_decay"]} for (backbone, still), parameters in groups.items()]
+             "weight_decay": 0.0 if no_decay else config["weight_decay"]} for (backbone, no_decay), parameters in groups.items()]
 
 
 def main():
     config = settings.resolve()
     rank, world, device = distributed.start()
-    if world == 1 or rank == 0:
-        say = lambda text="": print(text, flush=True)
-    else:
-        say = lambda text="": None
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
 
     # Data: a training set of each domain's own, and validation sets.
     if config["data"]:
         train, val = (open_datasets(config["data"], split) for split in ("train", "val"))
     else:
         domains, size = [builtin_domain(name) for name in FIGURE_DOMAINS], config["size"] or (128, 128)
-        train = [Figures(d, config["seed"], 4000, size, i, len(domains)) for i, d in enumerate(domains)]
+        train = [Figures(d, config["seed"], 2000, size, i, len(domains)) for i, d in enumerate(domains)]
         val = [Figures(d, 2 ** 31, 80, size) for d in domains]  # a seed of its own, pictures shared by the domains
     domains = [dataset.domain for dataset in train]
 
@@ -105,8 +108,7 @@ def main():
     config["steps"] = steps = config["steps"] or config["epochs"] * epoch_steps
 
     # The model, its optimiser, and where it stands.
-    torch.backends.cudnn.benchmark = True
-    model = build(config, domains).to(device).train()
+    model = build(config, domains).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], fused=True)
     step, best = 0, -1.0
     if config["resume"]:
@@ -119,27 +121,30 @@ def main():
     say(f"writing to {out}")
     log = open_log(out, step) if rank == 0 else None
     say("\n".join(f"  {key:<18} {value}" for key, value in config.items() if value is not None and key not in ("out", "resume")))
-    count = lambda module: sum(p.numel() for p in module.parameters()) if module is not None else 0
     say(f"{len(domains)} label domains: " + ", ".join(f"{d.name} ({d.num_classes} classes, {len(t)} training and {len(v)} validation "
                                                      f"images)" for d, t, v in zip(domains, train, val)))
-    say(f"{count(model.net):,} parameters are kept, {count(model.sst):,} of SST are dropped after training; {steps} steps of {K * B} "
+    kept = sum(p.numel() for p in model.net.parameters())
+    dropped = sum(p.numel() for p in model.parameters()) - kept
+    say(f"{kept:,} parameters are kept, {dropped:,} of SST are dropped after training; {steps} steps of {K * B} "
         f"images; device {device}, {world} process{'es' if world > 1 else ''}")
 
     wrapped = model
     if world > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     norms = distributed.StepBatchNorm(model.net)
     mine = (schedule[s * K + k] for s in range(step, steps) for k in range(rank, K, world))
-    loader = torch.utils.data.DataLoader(Crops(train, config["size"], config["crop"], config["seed"]), batch_sampler=mine,
+    loader = torch.utils.data.DataLoader(Crops(train, config["size"], config["crop"], config["seed"], config["scale"]), batch_sampler=mine,
                                          num_workers=config["workers"], collate_fn=collate, pin_memory=device.type == "cuda",
                                          prefetch_factor=4 if config["workers"] else None)
     batches = iter(loader)
-    began, begun_at, spoke, waited = time.time(), step, 0.0, 0.0
+    started, first_step, printed, waited = time.time(), step, 0.0, 0.0
+    drop_step = round(config["drop_at"] * steps)
+    results = None
 
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = config["lr"] * group["scale"] * (0.1 if step >= config["drop_at"] * steps else 1.0)
+            group["lr"] = config["lr"] * group["scale"] * (0.1 if step >= drop_step else 1.0)
         sums = {}
         norms.begin()
         for k in range(rank, K, world):
@@ -166,16 +171,19 @@ def main():
 
         if step % config["log_every"] == 0 or step == 1 or step == steps:
             values = distributed.total(torch.stack(list(sums.values()))).tolist()
-            elapsed = time.time() - began
+            for name, value in zip(sums, values):
+                if not math.isfinite(value):
+                    raise InputError(f"step {step}: the loss term {name} is {value}, so training has diverged; lower --lr {config['lr']:g}")
+            elapsed = time.time() - started
             line = {"step": step, "epoch": round(step / epoch_steps, 4), "kind": "train", "loss": dict(zip(sums, values)),
                     "lr": optimizer.param_groups[-1]["lr"],
-                    "cos": {name: {"x0": row_cosine(x[0]).item(), "xl": row_cosine(x[-1]).item()} for name, x in X.items()},
-                    "time": {"seconds": elapsed, "images_per_second": (step - begun_at) * K * B / elapsed, "waiting": waited / elapsed}}
+                    "cos": {name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), (x[0], *x[1:][-1:]))} for name, x in X.items()},
+                    "time": {"seconds": elapsed, "images_per_second": (step - first_step) * K * B / elapsed, "waiting": waited / elapsed}}
             if rank == 0:
                 print(json.dumps(line), file=log, flush=True)
-            if time.time() - spoke > 3 or step == steps:
-                spoke = time.time()
-                left = elapsed / (step - begun_at) * (steps - step)
+            if time.time() - printed > 3 or step == steps:
+                printed = time.time()
+                left = elapsed / (step - first_step) * (steps - step)
                 say(f"step {step}/{steps}  epoch {step / epoch_steps:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in line["loss"].items())
                     + f"  lr {line['lr']:.0e}  {line['time']['images_per_second']:.1f} images/s  {clock(left)} left")
 
@@ -189,24 +197,29 @@ def main():
             if rank == 0:
                 print(json.dumps({"step": step, "epoch": round(step / epoch_steps, 4), "kind": "val", "miou": miou,
                                   "mean_accuracy": {name: result["mean_accuracy"] for name, result in results.items()},
-                                  "time": {"seconds": time.time() - began}}), file=log, flush=True)
+                                  "time": {"seconds": time.time() - started}}), file=log, flush=True)
                 if average > best:
                     best = average
                     checkpoint.save(checkpoint.model_content(model.net, domains), out / "best.pt")
-                save_run(out, model, domains, optimizer, step, best, config)
+        if rank == 0 and (step * V // steps > (step - 1) * V // steps or step % 1000 == 0):
+            save_run(out, model, domains, optimizer, step, best, config)
 
     if rank == 0:
-        finish(out, model, domains, val, results if config["validations"] else None, best, schedule.passes(steps * K), config, say)
         save_run(out, model, domains, optimizer, step, best, config)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    if config["validations"] and results is None:  # resumed when nothing was left to train
+        results = validate(model.net, val, config["size"], rank, world, device)
+    if rank == 0:
+        finish(out, model, domains, val, results, best, schedule.passes(steps * K), config, say)
+    distributed.stop()
 
 
 def open_log(out, step):
     """log.jsonl, open for appending after the line of `step`: what a resumed run does again is not kept twice."""
     path = out / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # the run was killed while it wrote this one
+        lines.pop()
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     return open(path, "a")
 
 
@@ -243,9 +256,10 @@ def finish(out, model, domains, val, results, best, passes, config, say):
     save_samples(samples, out / "samples.png")
     say("passes over the training sets: " + ", ".join(f"{d.name} {p:.2f}" for d, p in zip(domains, passes)))
     if results:
+        classes = {d.name: d.classes for d in domains}
         say(f"\n{'validation':<12} {'mIoU %':>8} {'mean accuracy %':>16}")
         for name, result in results.items():
-            absent = [builtin for d in domains if d.name == name for builtin in (d.classes[i] for i in result["absent"])]
+            absent = [classes[name][i] for i in result["absent"]]
             say(f"{name:<12} {result['miou']:>8.2f} {result['mean_accuracy']:>16.2f}"
                 + (f"   (without {', '.join(absent)}: in no label and no prediction)" if absent else ""))
         say(f"best.pt: mean mIoU {best:.2f} %, selected on these validation sets")

@@ -58,11 +58,12 @@ class Crops(torch.utils.data.Dataset):
     """The augmented sample behind a key of the schedule: image (3, H, W) uint8, label (H, W) uint8, domain position, name.
 
     datasets: one per domain. size: (H, W) that photos are fitted into first, or None. crop: (H, W) of the training window.
+    scale: range of the random resize.
     An unusable file is returned as the InputError that names it: raised in a worker it would end in a foreign traceback.
     """
 
-    def __init__(self, datasets, size, crop, seed):
-        self.datasets, self.size, self.crop, self.seed = datasets, size, crop, seed
+    def __init__(self, datasets, size, crop, seed, scale=(0.5, 2)):
+        self.datasets, self.size, self.crop, self.seed, self.scale = datasets, size, crop, seed, scale
 
     def __getitem__(self, key):
         d, epoch, index = key
@@ -73,7 +74,7 @@ class Crops(torch.utils.data.Dataset):
         if self.size is not None:
             image, label, _ = fit(image, self.size, label)
         rng = np.random.default_rng((self.seed, d, epoch, index))
-        image, label = augment(image, label, rng, self.crop, flip_table(self.datasets[d].domain))
+        image, label = augment(image, label, rng, self.crop, flip_table(self.datasets[d].domain), self.scale)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), d, self.datasets[d].where(index)
 
 
@@ -110,16 +111,16 @@ def fit(image, size, label=None):
     return image, label, box
 
 
-def augment(image, label, rng, crop, flip):
-    """Random resize 0.5 to 2, random crop (padded where the photo is smaller), random mirroring, as published.
+def augment(image, label, rng, crop, flip, scale=(0.5, 2)):
+    """Random resize (0.5 to 2 as published), random crop (padded where the photo is smaller), random mirroring.
 
     image (H, W, 3), label (H, W) uint8; crop: (H, W); flip: `flip_table` of the domain. Returns both at crop size.
     """
     h, w = image.shape[:2]
-    scale = rng.uniform(0.5, 2)
+    factor = rng.uniform(*scale)
     place, source = [], []  # per axis: first pixel and length in the crop, first and last coordinate in the photo
     for full, window in ((h, crop[0]), (w, crop[1])):
-        scaled = max(1, round(full * scale))
+        scaled = max(1, round(full * factor))
         spare = scaled - window  # < 0: the photo is smaller and lies somewhere within the crop
         start = int(rng.integers(min(spare, 0), max(spare, 0) + 1))
         length = min(scaled, window)

@@ -37,7 +37,7 @@ def load(path, kind):
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
         raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it again or use another "
                          f"checkpoint of the run") from None
-    wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer"} if kind == "run" else set())
+    wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer", "best", "config"} if kind == "run" else set())
     missing = wanted - set(content) if isinstance(content, dict) else wanted
     if missing:
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; expected a {'model.pt' if kind == 'model' else 'last.pt'} that "
@@ -53,7 +53,7 @@ def model_content(net, domains):
 
 
 def load_model(path):
-    """(ParsingNet in eval mode, its label domains) from a model.pt, best.pt or last.pt. Raises InputError."""
+    """(ParsingNet in eval mode, its label domains) from a model.pt or best.pt. Raises InputError."""
     content = load(path, "model")
     domains = [from_dict(fields, str(path)) for fields in content["domains"]]
     net = from_spec(content["arch"], domains, str(path))

@@ -11,12 +11,13 @@ from .model import ARCHS
 
 # What a preset sets; any flag overrides its field. `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay,
 # backbone rate) it is Mask2Former's.
-PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), batch_size=4, epochs=150, steps=None, lr=1e-4,
+PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=4, epochs=150, steps=None, lr=1e-4,
              backbone_lr_scale=0.1, weight_decay=0.05, drop_at=125 / 150, alpha=10.0, beta=1.0, lam=5.0, validations=30,
              log_every=20, workers=4)
 SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=1e-3,
-                     backbone_lr_scale=1.0, validations=10, workers=1)
-DEMO = SMALL | dict(size=None, crop=(128, 128), batch_size=12, epochs=None, steps=1200, validations=4)
+                     backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
+# The figures vary in size already, and minutes are few: the demo hardly resizes them.
+DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(0.8, 1.25), batch_size=12, epochs=None, steps=1300, lr=3e-3, validations=2)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 
 
@@ -50,7 +51,8 @@ def parser():
     g.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="label domains and their folders; NAME is one of "
                    f"{', '.join(BUILTIN)}, or any if PATH is a folder with a domain.json or such a file; without --data: figures")
     g.add_argument("--size", type=pair, metavar="HxW", help="fit the whole photo into this size first (aspect kept, padded)")
-    g.add_argument("--crop", type=pair, metavar="HxW", help="the training window, after random resizing by 0.5 to 2")
+    g.add_argument("--crop", type=pair, metavar="HxW", help="the training window, cut after a random resize")
+    g.add_argument("--scale", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the random resize (0.5 2)")
     g.add_argument("--batch-size", type=positive, metavar="B", help="images of a micro-batch, of all domains together")
     g.add_argument("--global-batch", type=positive, metavar="G", help="images of a step, a multiple of B that the processes share "
                    "(default: B per process)")
@@ -91,13 +93,20 @@ def resolve(argv=None):
         preset = preset | dict(epochs=None, steps=None)
     config = {key: preset.get(key) if value is None else value for key, value in args.items()}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("backbone_lr_scale", 0, 1e3),
-                           ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31)):
+                           ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1)):
         if not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
+    if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
+        raise InputError(f"--scale {config['scale'][0]} {config['scale'][1]}: give the smaller factor first, such as 0.5 2")
     for side in config["crop"]:
         if side < 32:
             raise InputError(f"--crop {config['crop'][0]}x{config['crop'][1]}: the deepest map has a 32nd of that size; use 32 or "
                              f"more on each side")
+    if config["batch_size"] == 1 and max(config["crop"]) <= 32:
+        raise InputError("--batch-size 1 with --crop 32x32: batch norm has one pixel left in the deepest map and needs two; use a larger "
+                         "crop or batch")
+    if config["preset"] == "paper" and not config["data"]:
+        raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 crops; give --data or --preset demo")
     if config["global_batch"] and config["global_batch"] % config["batch_size"]:
         raise InputError(f"--global-batch {config['global_batch']}: must be a multiple of --batch-size {config['batch_size']}")
     return config
@@ -110,7 +119,7 @@ def resumed(args):
     if extra:
         raise InputError(f"--{extra[0].replace('_', '-')} beside --resume: a resumed run keeps its settings; give --resume alone")
     config = load(Path(args["resume"]) / "last.pt", "run")["config"]
-    return config | {"resume": args["resume"], "out": args["resume"], "workers": args["workers"] or config["workers"]}
+    return config | {"resume": args["resume"], "out": args["resume"], "workers": config["workers"] if args["workers"] is None else args["workers"]}
 
 
 def fresh_folder(mode):
@@ -124,8 +133,10 @@ def fresh_folder(mode):
 def open_folder(config):
     """Make the run's folder; raises InputError where it holds a run already or cannot be written."""
     folder = Path(config["out"]) if config["out"] else fresh_folder(config["mode"])
-    if not config["resume"] and any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt")):
-        raise InputError(f"--out {folder}: holds a run already; give another folder, or go on with it: --resume {folder}")
+    held = [name for name in ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt") if (folder / name).exists()]
+    if held and not config["resume"]:
+        way_on = f", or go on with it: --resume {folder}" if "last.pt" in held else ""
+        raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another folder{way_on}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

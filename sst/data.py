@@ -66,7 +66,7 @@ def read_image(path):
 
 def read_label(path, domain):
     """The label map of a file, (H, W) uint8: class ids of `domain`, 255 ignored. PNG (grey or palette) or .mat."""
-    raw = read_mat(path) if Path(path).suffix == ".mat" else read_png(path)
+    raw = read_mat_label(path) if Path(path).suffix == ".mat" else read_png(path)
     lookup, allowed = lookup_table(domain, tag_list(path) if holds_tags(domain) else None)
     label = lookup[raw]
     if (label < 0).any():
@@ -82,6 +82,9 @@ def read_label(path, domain):
 def read_png(path):
     try:
         with Image.open(path) as image:
+            if image.mode == "L" and bit_depth(path) < 8:
+                raise InputError(f"{path}: a grey PNG of {bit_depth(path)} bits, whose ids readers stretch to 0..255; save label maps "
+                                 f"with 8 bits a pixel")
             if image.mode not in ("L", "P"):
                 raise InputError(f"{path}: a label map of colour mode {image.mode}; label maps are single-channel PNGs (grey, L, or "
                                  f"palette, P) that hold class ids, so export it as such")
@@ -92,7 +95,21 @@ def read_png(path):
         raise InputError(f"{path}: not a readable label map ({one_line(error)}); replace the file or take its id off the list") from None
 
 
-def read_mat(path, key="groundtruth"):
+def bit_depth(path):
+    """Bits per sample of a PNG (byte 24 of the file)."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
+
+
+def read_mat_label(path):
+    raw = read_mat(path, "groundtruth")
+    if raw.ndim != 2 or not np.isin(raw, range(256)).all():
+        raise InputError(f"{path}: 'groundtruth' is no label map (shape {raw.shape}, values {raw.min()} to {raw.max()}); it must be "
+                         f"(H, W) of whole numbers from 0 to 255")
+    return raw.astype(np.uint8)
+
+
+def read_mat(path, key):
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -197,10 +214,13 @@ def open_dataset(name, path, split="train"):
 
 def open_own(name, file, split):
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({one_line(error)}); see 'your own dataset' in the README") from None
     domain = from_dict(fields, str(file))
+    if name in BUILTIN and domain.classes != builtin_domain(name).classes:
+        raise InputError(f"{file}: describes '{domain.name}' with other classes than the built-in {name}; give it a name of its own: "
+                         f"{domain.name}={file.parent}")
     if name != domain.name:
         domain = replace(domain, name=name)  # the command line's name is the one that all output uses
     root = file.parent
@@ -217,7 +237,7 @@ def list_photos(domain, images, labels, listed):
         ids, listed = sorted(listing(images, IMAGE_ENDINGS)), images
     else:
         try:
-            ids = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+            ids = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{listed}: the list of ids is not readable ({one_line(error)}); write one id a line, without folder "
                              f"and ending") from None
@@ -230,7 +250,8 @@ def list_photos(domain, images, labels, listed):
             place = folder / id
             file = listing(place.parent, endings).get(place.name)
             if file is None:
-                raise InputError(f"{listed}: id '{id}' has no {what} {place} ({', '.join(endings)}); add the file or remove the id")
+                raise InputError(f"{listed}: id '{id}' has no {what} {place} ({', '.join(endings)}); add the file or remove the id (ids are "
+                                 f"file names without folder and ending)")
             found[what].append(place.parent / file)
     return Photos(domain, found["photo"], found["label map"])
 

@@ -25,12 +25,14 @@ def deform_attn(value, shapes, locations, weights):
                          f"weights {tuple(weights.shape)} do not fit (B, S, M, D/M), L x (H, W) with S = sum of H*W, "
                          f"(B, Q, M, L, P, 2), (B, Q, M, L, P)")
     grid = 2 * locations - 1  # grid_sample counts from -1 to 1
+    # Sampling places must not be rounded to bfloat16 under autocast: it would move them by a tenth of a pixel and more.
+    precise = torch.promote_types(value.dtype, grid.dtype)
     samples = []
     for l, (rows, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes)):
-        image = rows.permute(0, 2, 3, 1).reshape(B * M, d, h, w)
-        samples.append(F.grid_sample(image, grid[:, :, :, l].transpose(1, 2).flatten(0, 1).to(image.dtype),
+        image = rows.permute(0, 2, 3, 1).reshape(B * M, d, h, w).to(precise)
+        samples.append(F.grid_sample(image, grid[:, :, :, l].transpose(1, 2).flatten(0, 1).to(precise),
                                      mode="bilinear", padding_mode="zeros", align_corners=False))  # (B*M, d, Q, P)
     samples = torch.stack(samples, dim=3).flatten(3)  # (B*M, d, Q, L*P)
     weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
     out = (samples * weights).sum(-1)  # (B*M, d, Q)
-    return out.view(B, M * d, Q).transpose(1, 2)
+    return out.view(B, M * d, Q).transpose(1, 2).to(value.dtype)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .errors import InputError
+
 
 def start():
     """(rank, world, device) of this process. Under torchrun joins the group: NCCL on GPUs, gloo on CPUs."""
@@ -13,10 +15,19 @@ def start():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"torchrun started {device.index + 1} or more processes here, but there are {torch.cuda.device_count()} GPUs; "
+                             f"use --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if gpu else "gloo")
     return rank, world, device
+
+
+def stop():
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def total(tensor):

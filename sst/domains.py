@@ -73,7 +73,15 @@ class LabelDomain:
 
     def palette(self):
         """(Z, 3) uint8 RGB: related classes of different domains (arms, legs, tops) have related colours."""
-        return np.array([colour(name, i) for i, name in enumerate(self.classes)], np.uint8)
+        chosen = []
+        for i, name in enumerate(self.classes):
+            known = colours().get(normalised(name))
+            rgb = known if known and known not in chosen else None
+            while rgb is None or rgb in chosen:  # a name that we do not know, or another one's synonym
+                rgb = hue(i)
+                i += self.num_classes
+            chosen.append(rgb)
+        return np.array(chosen, np.uint8)
 
     def to_dict(self):
         """Plain lists and dicts, for JSON and checkpoints; `from_dict` reads them back."""
@@ -91,6 +99,9 @@ def from_dict(fields, origin="label domain"):
     for key in ("name", "classes"):
         if key not in fields:
             raise InputError(f"{origin}: '{key}' is missing; a label domain needs a name and its classes in id order")
+    for key in FILE_KEYS:
+        if key in fields and not isinstance(fields[key], str):
+            raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a path relative to this file")
     for key in ("classes", "flip_pairs", "adjacency"):
         if fields.get(key) is not None and not isinstance(fields[key], (list, tuple)):
             raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a list")
@@ -105,6 +116,8 @@ def check(domain):
     where, classes = domain.origin, domain.classes
     if not isinstance(domain.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain.name):
         raise InputError(f"{where}: the domain's name is {domain.name!r}; use letters, digits, '-' and '_'")
+    if hasattr(torch.nn.ModuleDict, domain.name) or domain.name in ("training", "seg", "aux"):
+        raise InputError(f"{where}: '{domain.name}' is a word that PyTorch keeps for itself; give the domain another name")
     for name in classes:
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings, the background first")
@@ -119,6 +132,8 @@ def check(domain):
             for name in pair:
                 if name not in classes:
                     raise InputError(f"{where}: {key} names {name!r}, which is not a class; classes are {', '.join(classes)}")
+            if key == "flip_pairs" and classes[0] in pair:
+                raise InputError(f"{where}: flip_pairs holds the background '{classes[0]}' (id 0), which has no side; remove that pair")
             if pair[0] == pair[1]:
                 raise InputError(f"{where}: {key} pairs '{pair[0]}' with itself; remove that pair")
     paired = [name for pair in domain.flip_pairs for name in pair]
@@ -146,7 +161,7 @@ def check_label_map(domain):
                 raise InputError(f"{where}: raw label {raw!r} of class '{name}' is neither a tag name nor an integer from 0 to "
                                  f"{IGNORE - 1} ({IGNORE} is always ignored)")
             if raw in owner:
-                raise InputError(f"{where}: raw label {raw!r} is in class '{owner[raw]}' and in class '{name}'; keep one")
+                raise InputError(f"{where}: raw label {raw!r} is listed twice, in class '{owner[raw]}' and in class '{name}'; keep one")
             owner[raw] = name
     if len({type(raw) for raw in owner}) > 1:
         raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label files hold")
@@ -196,13 +211,12 @@ def word_similarity(a, b):
 
 @cache
 def colours():
-    return json.loads((HERE / "builtin" / "colours.json").read_text())
+    """{normalised class name: RGB} of the names that we know."""
+    table = json.loads((HERE / "builtin" / "colours.json").read_text())
+    return {name: tuple(int(code[i:i + 2], 16) for i in (1, 3, 5)) for name, code in table.items()}
 
 
-def colour(name, index):
-    """The RGB of a class name; for names that we do not know, the index-th of an endless series of distinct hues."""
-    known = colours().get(normalised(name))
-    if known:
-        return tuple(int(known[i:i + 2], 16) for i in (1, 3, 5))
-    hue = index * 0.61803398875 % 1  # golden ratio: neighbours in the series are far apart on the colour wheel
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.55 + 0.35 * (index % 2), 0.95 - 0.25 * (index % 3)))
+def hue(index):
+    """The index-th of an endless series of distinct colours."""
+    turn = index * 0.61803398875 % 1  # golden ratio: neighbours in the series are far apart on the colour wheel
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(turn, 0.55 + 0.35 * (index % 2), 0.95 - 0.25 * (index % 3)))

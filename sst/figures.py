@@ -207,22 +207,24 @@ class Figures:
     """A dataset of figures in one label set: numbers offset, offset + stride, ... of a seed.
 
     Datasets of one seed and stride with different offsets share no picture. domain: a LabelDomain
-    whose name is in TABLES.
+    whose name is in TABLES. A figure is drawn when it is first asked for, then kept in memory.
     """
 
     def __init__(self, domain, seed, count, size=(128, 128), offset=0, stride=1):
         if domain.name not in TABLES:
             raise InputError(f"figures have no label set '{domain.name}'; they have {', '.join(TABLES)}")
         self.domain, self.seed, self.count, self.size = domain, seed, count, tuple(size)
-        self.offset, self.stride = offset, stride
+        self.offset, self.stride, self.drawn = offset, stride, {}
 
     def __len__(self):
         return self.count
 
     def load(self, i):
         """image (H, W, 3) uint8 RGB and label (H, W) uint8 of the i-th figure."""
-        drawn = figure(self.seed, self.offset + self.stride * i, self.size)
-        return drawn.image, drawn.label(self.domain.name)
+        if i not in self.drawn:
+            drawn = figure(self.seed, self.offset + self.stride * i, self.size)
+            self.drawn[i] = drawn.image, drawn.label(self.domain.name)
+        return self.drawn[i]
 
     def where(self, i):
         """What messages call the i-th figure."""

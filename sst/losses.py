@@ -31,14 +31,14 @@ def cosine(a, b):
     return torch.where(zero, 0, (a * b).sum(-1) / lengths)
 
 
-def disagreement(X, mapped):
+def cosine_distance(X, mapped):
     """Mean over all rows of 1 - cos(X, mapped); the leading dimensions (image pairs) broadcast."""
     return (1 - cosine(X, mapped)).mean()
 
 
 def L_dataset(X_1, X_2to1, X_2, X_1to2):
     """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them."""
-    return disagreement(X_1, X_2to1) + disagreement(X_2, X_1to2)
+    return cosine_distance(X_1, X_2to1) + cosine_distance(X_2, X_1to2)
 
 
 def L_img(levels):

@@ -76,7 +76,8 @@ class MSE(nn.Module):
     def __init__(self, intra_mask, dim, layers=L):
         super().__init__()
         # X_0's rows start orthogonal (where Z <= D), entries of size 1. Nothing in Eq. 10 stops all rows from sharing one direction, which
-        # makes every cosine 1; rows that start small get there within a few steps of the optimiser, these are far from it.
+        # makes every cosine 1; rows that start small get there within a few steps of the optimiser, these are far from it. The
+        # price: rows of length sqrt(D) make L_aux start near 20, many times L_seg, for the first hundred steps.
         self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=dim ** 0.5))
         self.f_Q, self.f_K, self.f_V = (nn.ModuleList(linear(dim, dim) for _ in range(layers)) for _ in range(3))
         self.register_buffer("M_intra", intra_mask.float())
@@ -98,7 +99,8 @@ class MSE(nn.Module):
 class MST(nn.Module):
     """Multi-scale semantic transfer between domain 1 and domain 2, both directions (Sec. 3.2.3).
 
-    static: M_static (Z_2, Z_1). scales: which mapping layers are built; 0 is the dataset level, 1..L the image level.
+    static: M_static (Z_2, Z_1), or None without the dataset level. scales: which mapping layers are built; 0 is the dataset
+    level, 1..L the image level.
     """
 
     def __init__(self, static, dim, scales=range(L + 1)):
@@ -108,11 +110,11 @@ class MST(nn.Module):
             self.add_module(name, nn.ModuleDict({str(l): linear(dim, 3 * dim) for l in scales}))
         for name in ("W_1", "W_2"):
             self.add_module(name, nn.ModuleDict({str(l): linear(dim, dim) for l in scales if l > 0}))
-        self.register_buffer("M_static", static.float())
+        self.register_buffer("M_static", None if static is None else static.float())
 
     def dataset_level(self, X_1, X_2):
         """Eq. 8: X_0 of both domains, (Z_1, D) and (Z_2, D) -> X_0^(1->2) (Z_2, D), X_0^(2->1) (Z_1, D)."""
-        return self.map(0, X_1, X_2, self.M_static)
+        return self.transfer(0, X_1, X_2, self.M_static)
 
     def image_level(self, l, X_1, X_2, S_1, S_2):
         """Eq. 9: X_l and S_l of both domains, (..., Z_1, D) and (..., Z_2, D) -> X_l^(1->2), X_l^(2->1).
@@ -120,11 +122,12 @@ class MST(nn.Module):
         The leading dimensions broadcast: (B_1, 1) against (1, B_2) gives all pairs of images.
         """
         M_dynamic = self.W_2[str(l)](S_2) @ self.W_1[str(l)](S_1).transpose(-1, -2)  # (..., Z_2, Z_1)
-        return self.map(l, X_1, X_2, M_dynamic)
+        return self.transfer(l, X_1, X_2, M_dynamic)
 
-    def map(self, l, X_1, X_2, M):
+    def transfer(self, l, X_1, X_2, M):
         Q_1, K_1, V_1 = self.QKV_1[str(l)](X_1).chunk(3, dim=-1)
         Q_2, K_2, V_2 = self.QKV_2[str(l)](X_2).chunk(3, dim=-1)
+        # Eq. 8 (l = 0, M_static) and Eq. 9 (M_dynamic): X_l^(1->2) = (softmax(Q^(2) K^(1)T / sqrt(D)) (.) M) V^(1), and back
         to_2 = masked_attention(Q_2, K_1, V_1, M)
         to_1 = masked_attention(Q_1, K_2, V_2, M.transpose(-1, -2))
         return to_2, to_1
@@ -180,20 +183,26 @@ class SST(nn.Module):
 
     def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label", static=None):
         super().__init__()
+        for option, value, allowed in (("intra_mask", intra_mask, ("body", "none")), ("scr", scr, ("both", "dataset", "image", "none")),
+                                       ("connect", connect, ("full", "progressive")), ("regions", regions, ("label", "prediction"))):
+            if value not in allowed:
+                raise ValueError(f"SST: {option} is {value!r}; it is one of {', '.join(allowed)}")
         self.domains, self.aux, self.regions = list(domains), aux, regions
         self.pairs = connections([d.num_classes for d in domains], connect) if scr != "none" else []
         self.dataset_level = scr in ("both", "dataset") and len(self.pairs) > 0
         self.image_level = scr in ("both", "image") and len(self.pairs) > 0
         # Only what the chosen losses reach is built: a parameter without a gradient would stall DDP.
         layers = L if aux or self.image_level else 0
-        masks = [d.intra_mask() if intra_mask == "body" else torch.ones(d.num_classes, d.num_classes) for d in domains]
+        body = intra_mask == "body" and layers > 0
+        masks = [d.intra_mask() if body else torch.ones(d.num_classes, d.num_classes) for d in domains]
         self.msa = nn.ModuleDict({d.name: MSA(d.num_classes, dim) for d in domains} if layers else {})
         self.mse = nn.ModuleDict({d.name: MSE(mask, dim, layers) for d, mask in zip(domains, masks)})
         self.mst = nn.ModuleDict()
         scales = ([0] if self.dataset_level else []) + ([1, 2, 3] if self.image_level else [])
         for i, j in self.pairs:
             one, two = domains[i], domains[j]
-            self.mst[f"{one.name}:{two.name}"] = MST(static_mask(one, two, static or {}), dim, scales)
+            M_static = static_mask(one, two, static or {}) if self.dataset_level else None
+            self.mst[f"{one.name}:{two.name}"] = MST(M_static, dim, scales)
 
     def forward(self, H, labels, domain, logits=None):
         """The auxiliary losses of a batch.
@@ -201,8 +210,18 @@ class SST(nn.Module):
         H: three maps (B, D, h_l, w_l), coarse to fine. labels: (B, H, W) int64, 255 ignored. domain: B positions in
         `domains`. logits: {domain name: A (B_d, Z, h, w)}, read with regions="prediction" only.
         Returns {"aux/NAME": L_aux, ..., "dataset": L_dataset, "img": L_img}, those that were asked for, and
-        {NAME: [X_0 (Z, D), X_1.. X_L (B_d, Z, D)]}. Everything is computed in float32.
+        {NAME: [X_0 (Z, D), X_1.. X_L (B_d, Z, D)]}. Everything is computed in float32 (float64 stays). Raises ValueError for
+        maps, labels and domains that do not belong together.
         """
+        domain = [int(d) for d in domain]
+        B = len(labels)
+        if len(H) != L or any(len(H_l) != B for H_l in H) or H[0].shape[-2] > H[-1].shape[-2]:
+            raise ValueError(f"SST: H has shapes {[tuple(H_l.shape) for H_l in H]}; it is {L} maps of the {B} images, coarse to fine")
+        if len(domain) != B or not all(0 <= d < len(self.domains) for d in domain) or labels.dtype != torch.int64:
+            raise ValueError(f"SST: domain is {domain} and labels are {labels.dtype}; there are {B} images, so {B} positions from 0 to "
+                             f"{len(self.domains) - 1}, and int64 label maps")
+        if self.regions == "prediction" and self.msa and logits is None:
+            raise ValueError('SST: regions="prediction" needs the logits of every domain')
         with torch.autocast(H[0].device.type, enabled=False):
             H = [H_l if H_l.dtype == torch.float64 else H_l.float() for H_l in H]
             losses, S, X = {}, {}, {}
@@ -227,8 +246,7 @@ class SST(nn.Module):
         if self.regions == "label":
             return regions_of(labels, H)
         predicted = logits[name].detach().float().argmax(dim=1)  # (B, h, w)
-        ignored = regions_of(labels, H)
-        return [torch.where(known == IGNORE, IGNORE, guess) for known, guess in zip(ignored, regions_of(predicted, H))]
+        return [torch.where(label == IGNORE, IGNORE, guess) for label, guess in zip(regions_of(labels, H), regions_of(predicted, H))]
 
     def consistency(self, one, two, S, X):
         """L_dataset and L_img of one pair of domains (Eq. 10, 11); 0 for a level not asked for or without an image."""

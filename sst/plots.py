@@ -57,7 +57,7 @@ def save_curves(lines, path):
         left.plot([line["step"] for line in train], smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
     left.set(title="training losses (smoothed)", xlabel="step", yscale="log")
     for name in train[0]["cos"] if train else ():
-        for key, style in (("x0", "-"), ("xl", "--")):
+        for key, style in (("x0", "-"), ("xl", "--"))[:len(train[0]["cos"][name])]:
             middle.plot([line["step"] for line in train], [line["cos"][name][key] for line in train], style, linewidth=1,
                         label=f"{name} {'X_0' if key == 'x0' else 'X_L'}")
     middle.set(title="mean cosine between the rows of X (1: collapsed)", xlabel="step", ylim=(-0.3, 1.05))

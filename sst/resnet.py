@@ -95,7 +95,7 @@ class ResNet(nn.Module):
                                  f"use --backbone-weights none")
             try:
                 state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-            except (URLError, OSError) as error:
+            except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise InputError(f"--backbone-weights auto: {url} could not be downloaded ({error}); fetch that file elsewhere "
                                  f"and give --backbone-weights PATH, or train from scratch with --backbone-weights none") from None
             weights = url

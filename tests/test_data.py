@@ -199,6 +199,34 @@ def test_an_rgb_label(tmp_path):
     says("a.png: a label map of colour mode RGB; label maps are single-channel", lambda: open_dataset("pascal", root).load(0))
 
 
+def test_a_grey_label_of_few_bits_is_not_stretched_silently(tmp_path):
+    import struct
+    import zlib
+    root = pascal(tmp_path)
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + bytes([0x01, 0x23, 0x10]) for _ in range(4))  # 6 x 4 pixels of 4 bits
+    (root / "SegmentationPart/a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 4, 4, 0, 0, 0, 0))
+                                                  + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    says("a.png: a grey PNG of 4 bits", lambda: open_dataset("pascal", root).load(0))
+
+
+def test_a_domain_json_in_the_folder_of_a_builtin_domain(tmp_path):
+    own(pascal(tmp_path))
+    says("describes 'mine' with other classes than the built-in pascal; give it a name of its own: mine=", lambda: open_dataset("pascal", tmp_path))
+
+
+def test_a_mat_label_that_is_no_label_map(tmp_path):
+    savemat = pytest.importorskip("scipy.io", reason="MATLAB files need scipy; .ci/run installs it for this").savemat
+    root = ccp(tmp_path)
+    own(root, labels="annotations/pixel-level", images="photos", classes=["background", "head"],
+        label_map={"background": ["null"], "head": ["hair", "skin", "t-shirt"]})
+    for bad in (np.full((4, 6), -1.0), np.full((4, 6), 300), np.full((4, 6), 0.5), np.zeros((4, 6, 3))):
+        savemat(root / "annotations/pixel-level/0001.mat", {"groundtruth": bad})
+        says("0001.mat: 'groundtruth' is no label map", lambda: open_dataset("mine", root).load(0))
+    (root / "annotations/pixel-level/0001.mat").write_bytes(b"nothing")
+    says("0001.mat: not a readable MATLAB file", lambda: open_dataset("mine", root).load(0))
+
+
 def test_a_class_id_outside_the_domain(tmp_path):
     root = write(tmp_path, *LAYOUTS["pascal"], top=7)
     says("a.png: class id 7 found; domain 'pascal' has ids 0 to 6, and 255 for ignored", lambda: open_dataset("pascal", root).load(0))

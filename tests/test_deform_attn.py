@@ -67,6 +67,14 @@ def test_gradients_are_numerically_right():
     assert torch.autograd.gradcheck(lambda v, l, w: deform_attn(v, shapes, l, w), tensors)
 
 
+def test_bfloat16_values_do_not_move_the_places():
+    value, shapes, locations, weights = inputs([(64, 64)], spread=1.0, dtype=torch.float32)
+    rounded = value.bfloat16()
+    out = deform_attn(rounded, shapes, locations, weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), deform_attn(rounded.float(), shapes, locations, weights), rtol=1e-2, atol=1e-2)
+
+
 def test_shapes_that_do_not_fit_are_named():
     value, shapes, locations, weights = inputs([(3, 4)])
     for bad in ((value, [(3, 3)], locations, weights), (value, shapes, locations, weights[..., :1]), (value, shapes * 2, locations, weights)):

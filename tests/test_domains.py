@@ -68,6 +68,13 @@ def test_palette_tells_all_classes_apart_and_relates_domains():
     assert (pascal.palette()[pascal.index("torso")] == cihp.palette()[cihp.index("upper-clothes")]).all()
 
 
+def test_palette_of_synonyms_and_unknown_names():
+    names = ("background", "glasses", "sunglasses", "hat", "headwear", "Left-Shoe", "shoes", *(f"thing {i}" for i in range(60)))
+    palette = LabelDomain("mine", names).palette().tolist()
+    assert len({tuple(c) for c in palette}) == len(names)
+    assert palette[5] == builtin_domain("cihp").palette()[18].tolist()  # left shoe, however it is written
+
+
 def test_clothing_co_parsing_lists_are_disjoint():
     ids = {g: (HERE / "builtin" / f"ccp-{g}_train_id.txt").read_text().split() for g in ("coarse", "middle", "fine")}
     ids["val"] = (HERE / "builtin" / "ccp_val_id.txt").read_text().split()
@@ -126,12 +133,16 @@ def test_a_domain_without_adjacency_says_what_to_do():
     ({"adjacency": [["hat", "shoe"]]}, "names 'shoe'"),
     ({"adjacency": 3}, "must be a list"),
     ({"label_map": {"hat": [1]}}, "label_map lacks class 'background'"),
-    ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}}, "raw label 1 is in class 'left hand' and in"),
+    ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}}, "raw label 1 is listed twice, in class 'left hand' and in class 'right"),
     ({"label_map": {"background": [255], "left hand": [1], "right hand": [3], "hat": [2]}}, "255 is always ignored"),
     ({"label_map": {"background": [True], "left hand": [1], "right hand": [3], "hat": [2]}}, "neither a tag name nor an integer"),
     ({"label_map": {"background": ["null"], "left hand": [1], "right hand": [], "hat": []}}, "mixes tag names and integers"),
     ({"label_map": {"background": 0, "left hand": [1], "right hand": [3], "hat": [2]}}, "must map every class to a list"),
     ({"label_map": {"head": [1]}}, "names 'head', which is not a class"),
+    ({"label_map": {"background": [0], "left hand": [1, 1], "right hand": [], "hat": [2]}}, "raw label 1 is listed twice"),
+    ({"flip_pairs": [["background", "hat"]]}, "the background 'background' (id 0), which has no side"),
+    ({"name": "train"}, "'train' is a word that PyTorch keeps for itself"),
+    ({"images": 3}, "'images' is 3; it must be a path"),
     ({"flippairs": []}, "unknown key 'flippairs'; known are name, classes"),
 ])
 def test_a_domain_that_contradicts_itself_is_refused_in_one_sentence(change, message):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sst.domains import LabelDomain
-from sst.losses import L_img, L_seg, cosine, disagreement
+from sst.losses import L_img, L_seg, cosine, cosine_distance
 from sst.modules import MSA, MSE, MST, SST
 
 IGNORED = 255
@@ -209,7 +209,7 @@ def test_mst_equals_the_loops_at_every_level_and_for_every_pair_of_images():
 def test_consistency_equals_the_loops():
     X, mapped = rand(2, 5, D, seed=1), rand(2, 5, D, seed=2)
     mapped[0, 3] = 0
-    close(disagreement(X, mapped), sum(differ(X[b], mapped[b]) for b in range(2)) / 2)
+    close(cosine_distance(X, mapped), sum(differ(X[b], mapped[b]) for b in range(2)) / 2)
     others, mapped_others = rand(2, 3, D, seed=3), rand(2, 3, D, seed=4)
     expected = [differ(X[b], mapped[b]) + differ(others[b], mapped_others[b]) for b in range(2)]
     close(L_img([(X[b], mapped[b], others[b], mapped_others[b]) for b in range(2)]), sum(expected))
@@ -313,7 +313,7 @@ def test_gradients_of_mse_and_mst_agree_with_differences():
 
 def test_gradients_of_the_losses_agree_with_differences():
     a, b = rand(2, 4, 3), rand(2, 4, 3, seed=1)
-    assert gradients_agree(cosine, a, b) and gradients_agree(disagreement, a, 1e-3 * b)
+    assert gradients_agree(cosine, a, b) and gradients_agree(cosine_distance, a, 1e-3 * b)
     Y = label_maps(2, 3, height=7, width=5)
     assert gradients_agree(lambda A: L_seg(A, Y), rand(2, 3, 3, 2))
 

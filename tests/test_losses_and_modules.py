@@ -203,6 +203,26 @@ def test_a_given_static_matrix_serves_its_pair_in_either_order():
     assert torch.equal(chain.mst["b:a"].M_static, M.T)
 
 
+def test_what_does_not_belong_together_is_refused():
+    a, b = (LabelDomain(n, ("x", "y"), (), ()) for n in "ab")
+    sst, H, Y = SST([a, b], 4, static={("a", "b"): torch.ones(2, 2)}), [torch.randn(2, 4, s, s) for s in (1, 2, 4)], torch.zeros(2, 8, 8).long()
+    sst(H, Y, [0, 1])
+    for bad, message in (((H[:2], Y, [0, 1]), "it is 3 maps"), ((H[::-1], Y, [0, 1]), "coarse to fine"), ((H, Y, [0]), "there are 2 images"),
+                         ((H, Y, [0, 2]), "positions from 0 to 1"), ((H, Y.byte(), [0, 1]), "int64 label maps")):
+        with pytest.raises(ValueError, match=message):
+            sst(*bad)
+    for option in ("scr", "connect", "intra_mask", "regions"):
+        with pytest.raises(ValueError, match=f"{option} is 'Full'; it is one of"):
+            SST([a, b], 4, **{option: "Full"})
+    with pytest.raises(ValueError, match="needs the logits"):
+        SST([a, b], 4, scr="none", regions="prediction")(H, Y, [0, 1])
+
+
+def test_words_are_only_looked_up_where_eq_8_needs_them():
+    a, b = (LabelDomain(n, ("background", "qwertz"), (), ()) for n in "ab")
+    SST([a, b], 4, scr="image")
+
+
 def test_one_domain_has_no_pair_and_builds_nothing_for_it():
     a = LabelDomain("a", ("x", "y"), (), ())
     alone = SST([a], 4)

@@ -22,7 +22,7 @@ from sst.model import Arch
 ROOT = Path(__file__).parent.parent
 TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
 DOMAINS = [builtin_domain(name) for name in train.FIGURE_DOMAINS]
-BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label")
+BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label", resume=None)
 
 
 def batches(domains, count, size=3, seed=0):
@@ -163,8 +163,12 @@ def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys
     assert [d.name for d in domains] == ["pascal", "atr", "cihp"] and not net.training
     assert checkpoint.load_model(out / "best.pt")[0](torch.rand(1, 3, 40, 50))["cihp"].shape == (1, 20, 40, 50)
 
-    with pytest.raises(InputError, match="holds a run already; give another folder, or go on with it: --resume"):
+    with pytest.raises(InputError, match=r"holds a run already \(config.json, .*\); give another folder, or go on with it: --resume"):
         run(monkeypatch, *SHORT, "--steps", 2, "--out", out)
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "ki')  # killed while it wrote
+    run(monkeypatch, "--resume", out)  # nothing is left to train: the table and pictures again
+    assert "mean accuracy %" in capsys.readouterr().out and len(lines(out)) == 3
     with pytest.raises(InputError, match="--lr beside --resume"):
         run(monkeypatch, "--resume", out, "--lr", 1)
 
@@ -225,6 +229,9 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     (["--crop", "16x64"], "--crop 16x64: the deepest map has a 32nd of that size"),
     (["--epochs", "1", "--steps", "2"], "--epochs 1 and --steps 2: give one of them"),
     (["--global-batch", "7", "--batch-size", "3"], "--global-batch 7: must be a multiple of --batch-size 3"),
+    (["--crop", "32x32", "--batch-size", "1"], "--batch-size 1 with --crop 32x32: batch norm"),
+    (["--preset", "paper"], "--preset paper without --data"),
+    (["--scale", "2", "1"], "--scale 2.0 1.0: give the smaller factor first"),
     (["--lr", "nan"], "--lr nan: must lie between"),
     (["--lam", "-1"], "--lam -1.0: must lie between"),
     (["--data", "coco=."], "unknown label domain 'coco'"),
@@ -238,6 +245,12 @@ def test_one_sentence_for_settings_that_cannot_be_used(tmp_path, monkeypatch, fl
         run(monkeypatch, *flags)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "L_u", lambda terms, *weights: sum(terms.values()) * float("nan"))
+    with pytest.raises(InputError, match="step 1: the loss term total is nan, so training has diverged; lower --lr"):
+        run(monkeypatch, *SHORT, "--steps", 2, "--out", tmp_path / "run")
 
 
 def test_the_sentence_is_all_that_a_user_sees(tmp_path):
