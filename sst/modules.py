@@ -93,7 +93,9 @@ class MSE(nn.Module):
     @staticmethod
     def auxiliary(F_, X_L):
         """Eq. 7: A_aux = F (x) X_L^T. F_ (B, D, h, w), X_L (B, Z, D) -> (B, Z, h, w)."""
-        return torch.einsum("bdhw,bzd->bzhw", F_, X_L)
+        pixels = F_.flatten(2).transpose(1, 2)  # (B, h*w, D); the product has the classes of a pixel side by side,
+        A_aux = pixels @ X_L.transpose(1, 2)    # (B, h*w, Z), as the cross-entropy likes them
+        return A_aux.transpose(1, 2).unflatten(2, F_.shape[-2:])
 
 
 class MST(nn.Module):
