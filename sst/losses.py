@@ -24,11 +24,21 @@ def L_aux(A_aux, Y):
 
 def cosine(a, b):
     """Cosine similarity along the last axis. A row of zeros has no direction: its cosine is 0, and so is its gradient."""
-    aa, bb = a.square().sum(-1), b.square().sum(-1)
-    zero = (aa == 0) | (bb == 0)
-    # Two roots, not the root of the product: that would over- or underflow where neither length does.
-    lengths = torch.where(zero, 1, aa).sqrt() * torch.where(zero, 1, bb).sqrt()
-    return torch.where(zero, 0, (a * b).sum(-1) / lengths)
+    (a, a_zero), (b, b_zero) = direction(a), direction(b)
+    return torch.where(a_zero | b_zero, 0, (a * b).sum(-1))
+
+
+def direction(x):
+    """Rows of x at length 1, and which rows have none.
+
+    The softmax of Eq. 9 may put nearly all its weight on a class that M_dynamic then sets to zero: the mapped row is left with a
+    length such as 1e-25. Its direction is as good as any other's, but squared it would vanish, and its gradient would be infinite;
+    so rows are brought to size 1 by their largest entry before their length is taken.
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    zero = largest < 1e-30
+    x = x / torch.where(zero, 1, largest)
+    return x / torch.where(zero, 1, x.square().sum(dim=-1, keepdim=True)).sqrt(), zero[..., 0]
 
 
 def cosine_distance(X, mapped):

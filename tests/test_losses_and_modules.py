@@ -233,11 +233,23 @@ def test_one_domain_has_no_pair_and_builds_nothing_for_it():
 
 def test_cosine_neither_overflows_nor_underflows():
     v = torch.tensor([3.0, 4.0])
-    for scale in (1e-18, 1.0, 1e18):
+    for scale in (1e-29, 1e-21, 1e-18, 1.0, 1e18, 1e37):
         a, b = (v * scale).requires_grad_(), v.flip(0) * scale
         c = cosine(a, b)  # (3*4 + 4*3) / 25
         c.backward()
-        assert c.item() == pytest.approx(0.96, rel=1e-5) and torch.isfinite(a.grad).all()
+        # d cos / da = (b/|b| - cos a/|a|) / |a| = ((0.8, 0.6) - 0.96 (0.6, 0.8)) / 5 = (0.0448, -0.0336), divided by the scale
+        assert c.item() == pytest.approx(0.96, rel=1e-5)
+        assert (a.grad * scale).tolist() == pytest.approx([0.0448, -0.0336], rel=1e-4)
+
+
+def test_attention_on_an_absent_class_leaves_finite_gradients():
+    """Softmax weights of (1, 1e-22), the first on a class whose mask is 0: the mapped row is tiny and its gradient is not."""
+    logits = torch.tensor([[0.0, -50.657]], requires_grad=True)
+    mapped = (logits.softmax(-1) * torch.tensor([[0.0, 2.0]])) @ torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    loss = 1 - cosine(mapped, torch.tensor([[4.0, 3.0]]))
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(1 - 0.96, abs=1e-5)
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().max() < 1
 
 
 def test_an_id_beyond_the_domain_is_in_no_region():
