@@ -17,7 +17,7 @@ PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), sc
 SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=3e-3,
                      backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
 # The figures vary in size already, and minutes are few: the demo hardly resizes them.
-DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(0.8, 1.25), batch_size=12, epochs=None, steps=1200, validations=2)
+DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(0.8, 1.25), batch_size=12, epochs=None, steps=1100, validations=2)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 
 
