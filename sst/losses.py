@@ -53,9 +53,9 @@ def L_dataset(X_1, X_2to1, X_2, X_1to2):
     return cosine_distance(X_1, X_2to1) + cosine_distance(X_2, X_1to2)
 
 
-def L_img(levels):
-    """Eq. 11: the two terms of Eq. 10 with X_l, summed over l; levels: [(X_1, X_2to1, X_2, X_1to2) for l = 1..L]."""
-    return sum(L_dataset(*level) for level in levels)
+def L_img(X_1, X_2to1, X_2, X_1to2):
+    """Eq. 11: the two terms of Eq. 10 with X_l, summed over l: (L, ..., Z, D), image pairs in between."""
+    return len(X_1) * L_dataset(X_1, X_2to1, X_2, X_1to2)  # L times the mean over l
 
 
 def L_u(terms, alpha=10, beta=1, lam=5):

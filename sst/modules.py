@@ -34,17 +34,14 @@ class MSA(nn.Module):
         self.W_s = linear(2 * dim, dim)
 
     def forward(self, H, regions):
-        """H: L maps (B, D, h, w); regions: L maps (B, h, w) int64, class ids, 255 in no region. Returns L of (B, Z, D)."""
-        return [self.aggregate(H_l, delta_l) for H_l, delta_l in zip(H, regions)]
-
-    def aggregate(self, H_l, delta_l):
-        B, D = H_l.shape[:2]
+        """H: maps (B, D, h_l, w_l); regions: as many maps (B, h_l, w_l) int64, class ids, 255 in no region. Returns (L, B, Z, D)."""
+        B, D = H[0].shape[:2]
         Z = self.num_classes
-        pixels = H_l.permute(0, 2, 3, 1).reshape(-1, D)  # (B*h*w, D)
-        # Every (image, class) is a segment, and one more per image takes what belongs to no region.
-        segment = delta_l.clamp(max=Z) + (Z + 1) * torch.arange(B, device=H_l.device)[:, None, None]
-        segment = segment.flatten()  # (B*h*w,)
-        K = B * (Z + 1)
+        pixels = torch.cat([H_l.permute(0, 2, 3, 1).reshape(-1, D) for H_l in H])  # (n, D), of all scales one below the other
+        # Every (scale, image, class) is a segment, and one more per image takes what belongs to no region.
+        image = torch.arange(B * len(H), device=pixels.device).split(B)
+        segment = torch.cat([(delta_l.clamp(max=Z) + (Z + 1) * i[:, None, None]).flatten() for delta_l, i in zip(regions, image)])  # (n,)
+        K = len(H) * B * (Z + 1)
         size = pixels.new_zeros(K).index_add(0, segment, pixels.new_ones(len(segment)))  # |delta|
 
         # Eq. 2: the mean over a region; an empty one has sum 0 and is divided by 1.
@@ -55,16 +52,16 @@ class MSA(nn.Module):
         with torch.no_grad():
             index = segment[:, None].expand(-1, D)
             top = pixels.new_zeros(K, D).scatter_reduce(0, index, pixels, "amax", include_self=False)
-            n = torch.arange(len(pixels), device=H_l.device)[:, None]
+            n = torch.arange(len(pixels), device=pixels.device)[:, None]
             position = torch.where(pixels == top[segment], n, len(pixels))
-            position = torch.zeros(K, D, dtype=torch.int64, device=H_l.device).scatter_reduce(0, index, position, "amin",
-                                                                                            include_self=False)
+            position = torch.zeros(K, D, dtype=torch.int64, device=pixels.device).scatter_reduce(0, index, position, "amin",
+                                                                                               include_self=False)
             position.clamp_(max=len(pixels) - 1)  # only a NaN equals no maximum
         S_max = torch.where(size[:, None] > 0, pixels.gather(0, position), 0)
 
         # Eq. 4
         S = self.W_s(torch.cat([S_ave, S_max], dim=-1))  # (K, D)
-        return S.view(B, Z + 1, D)[:, :Z]
+        return S.view(len(H), B, Z + 1, D)[:, :, :Z]
 
 
 class MSE(nn.Module):
@@ -83,11 +80,12 @@ class MSE(nn.Module):
         self.register_buffer("M_intra", intra_mask.float())
 
     def forward(self, S):
-        """S: L of (B, Z, D). Returns [X_0 (Z, D), X_1, ..., X_L (B, Z, D)]."""
+        """S: (L, B, Z, D), or None where there is no image. Returns [X_0 (Z, D), X_1, ..., X_L (B, Z, D)]."""
         X = [self.X_0]
-        for f_Q, f_K, f_V, S_l in zip(self.f_Q, self.f_K, self.f_V, S):
-            # Eq. 6: X_l = (softmax(Q_l K_l^T / sqrt(D)) (.) M_intra) V_l + X_{l-1}
-            X.append(masked_attention(f_Q(X[-1]), f_K(S_l), f_V(S_l), self.M_intra) + X[-1])
+        if S is not None:
+            for f_Q, K_l, V_l in zip(self.f_Q, per_scale(self.f_K, S), per_scale(self.f_V, S)):
+                # Eq. 6: X_l = (softmax(Q_l K_l^T / sqrt(D)) (.) M_intra) V_l + X_{l-1}
+                X.append(masked_attention(f_Q(X[-1]), K_l, V_l, self.M_intra) + X[-1])
         return X
 
     @staticmethod
@@ -116,23 +114,31 @@ class MST(nn.Module):
 
     def dataset_level(self, X_1, X_2):
         """Eq. 8: X_0 of both domains, (Z_1, D) and (Z_2, D) -> X_0^(1->2) (Z_2, D), X_0^(2->1) (Z_1, D)."""
-        return self.transfer(0, X_1, X_2, self.M_static)
+        to_2, to_1 = self.transfer([0], X_1[None], X_2[None], self.M_static)
+        return to_2[0], to_1[0]
 
-    def image_level(self, l, X_1, X_2, S_1, S_2):
-        """Eq. 9: X_l and S_l of both domains, (..., Z_1, D) and (..., Z_2, D) -> X_l^(1->2), X_l^(2->1).
+    def image_level(self, X_1, X_2, S_1, S_2):
+        """Eq. 9 for l = 1..L at once: X_l and S_l of both domains, (L, ..., Z_1, D) and (L, ..., Z_2, D) -> X_l^(1->2), X_l^(2->1).
 
-        The leading dimensions broadcast: (B_1, 1) against (1, B_2) gives all pairs of images.
+        The dimensions between broadcast: (L, B_1, 1) against (L, 1, B_2) gives all pairs of images.
         """
-        M_dynamic = self.W_2[str(l)](S_2) @ self.W_1[str(l)](S_1).transpose(-1, -2)  # (..., Z_2, Z_1)
-        return self.transfer(l, X_1, X_2, M_dynamic)
+        W_1, W_2 = (per_scale(W.values(), S) for W, S in ((self.W_1, S_1), (self.W_2, S_2)))
+        M_dynamic = W_2 @ W_1.transpose(-1, -2)  # (L, ..., Z_2, Z_1)
+        return self.transfer(range(1, len(X_1) + 1), X_1, X_2, M_dynamic)
 
-    def transfer(self, l, X_1, X_2, M):
-        Q_1, K_1, V_1 = self.QKV_1[str(l)](X_1).chunk(3, dim=-1)
-        Q_2, K_2, V_2 = self.QKV_2[str(l)](X_2).chunk(3, dim=-1)
+    def transfer(self, scales, X_1, X_2, M):
+        Q_1, K_1, V_1 = per_scale([self.QKV_1[str(l)] for l in scales], X_1).chunk(3, dim=-1)
+        Q_2, K_2, V_2 = per_scale([self.QKV_2[str(l)] for l in scales], X_2).chunk(3, dim=-1)
         # Eq. 8 (l = 0, M_static) and Eq. 9 (M_dynamic): X_l^(1->2) = (softmax(Q^(2) K^(1)T / sqrt(D)) (.) M) V^(1), and back
         to_2 = masked_attention(Q_2, K_1, V_1, M)
         to_1 = masked_attention(Q_1, K_2, V_2, M.transpose(-1, -2))
         return to_2, to_1
+
+
+def per_scale(maps, x):
+    """Row l of x (L, ..., D) through the l-th of L linear maps: one batched product, since the scales do not wait for each other."""
+    weights = torch.stack([f.weight for f in maps])  # (L, outputs, D)
+    return (x.flatten(1, -2) @ weights.transpose(1, 2)).unflatten(1, x.shape[1:-1])
 
 
 def masked_attention(Q, K, V, M):
@@ -230,10 +236,10 @@ class SST(nn.Module):
             for i, d in enumerate(self.domains):
                 rows = rows_of(domain, i)
                 if rows == []:  # no image of this domain in the batch: nothing to say about it but X_0
-                    X[d.name] = self.mse[d.name]([])
+                    X[d.name] = self.mse[d.name](None)
                     continue
                 H_d, Y = [H_l[rows] for H_l in H], labels[rows]
-                S[d.name] = self.msa[d.name](H_d, self.delta(H_d, Y, logits, d.name)) if d.name in self.msa else []
+                S[d.name] = self.msa[d.name](H_d, self.delta(H_d, Y, logits, d.name)) if d.name in self.msa else None
                 X[d.name] = self.mse[d.name](S[d.name])
                 if self.aux:
                     losses[f"aux/{d.name}"] = L_aux(MSE.auxiliary(H_d[-1], X[d.name][-1]), Y)  # Eq. 7, with F = H_3
@@ -258,12 +264,10 @@ class SST(nn.Module):
             to_2, to_1 = mst.dataset_level(X[one][0], X[two][0])
             dataset = L_dataset(X[one][0], to_1, X[two][0], to_2)
         if self.image_level and one in S and two in S:
-            levels = []
-            for l in range(1, L + 1):  # all pairs of an image of domain 1 (axis 0) and one of domain 2 (axis 1)
-                X_1, X_2 = X[one][l][:, None], X[two][l][None]
-                to_2, to_1 = mst.image_level(l, X_1, X_2, S[one][l - 1][:, None], S[two][l - 1][None])
-                levels.append((X_1, to_1, X_2, to_2))
-            img = L_img(levels)
+            # All pairs of an image of domain 1 (axis 1) and one of domain 2 (axis 2), for all scales (axis 0).
+            X_1, X_2 = torch.stack(X[one][1:])[:, :, None], torch.stack(X[two][1:])[:, None]
+            to_2, to_1 = mst.image_level(X_1, X_2, S[one][:, :, None], S[two][:, None])
+            img = L_img(X_1, to_1, X_2, to_2)
         return dataset, img
 
 

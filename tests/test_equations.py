@@ -92,7 +92,7 @@ def test_eq2_3_4_mean_and_maximum_of_every_region_joined_by_W_s():
     H = torch.cat([image((1, -5), (3, -7), (4, 2), (99, 99)),
                    image((6, 0), (7, 1), (-1, -1), (-4, -4))])
     delta = torch.tensor([[[0, 0, 1, 255]], [[2, 2, 255, 1]]])
-    close(msa.aggregate(H, delta), [
+    close(msa([H], [delta])[0], [
         # image 1. class 0: ave (2, -6), max (3, -5): (2 + 30, 2*2 - 6 - 50); class 1: (4 + 40, 8 + 2 + 20); class 2: empty
         [[32.0, -52], [44, 30], [0, 0]],
         # image 2. class 0: empty; class 1: the one pixel (-4, -4); class 2: ave (6.5, 0.5), max (7, 1)
@@ -103,7 +103,7 @@ def test_eq3_gradient_goes_to_the_pixel_that_is_the_maximum():
     msa = MSA(num_classes=2, dim=1)
     weigh(msa.W_s, [[3], [1]])  # S = 3 ave + max
     H = image([-5], [-2], [7], [50]).requires_grad_()
-    msa.aggregate(H, labels(0, 0, 1, 255)).sum().backward()
+    msa([H], [labels(0, 0, 1, 255)])[0].sum().backward()
     # class 0: 3/2 of the mean to each of two pixels, and 1 of the maximum to the -2; class 1: 3 + 1; the ignored pixel: 0
     close(H.grad.flatten(), [1.5, 2.5, 4, 0])
 
@@ -132,7 +132,7 @@ def mse_by_hand(mask):
     weigh(mse.f_Q[1], third_to_first), weigh(mse.f_K[1], 2 * LN3 * I4), weigh(mse.f_V[1], 40 * I4)
     weigh(mse.f_Q[2], 0 * I4), weigh(mse.f_K[2], I4), weigh(mse.f_V[2], 2 * I4)
     S = [((1, 0, 0, 0), (0, 0, 1, 0)), ((1, 0, 0, 0), (0, 0, 0, 1)), ((1, 2, 3, 4), (5, 6, 7, 8))]
-    return mse([rows(*S_l)[None] for S_l in S])  # of one image
+    return mse(torch.stack([rows(*S_l)[None] for S_l in S]))  # of one image
 
 
 def test_eq5_three_layers_of_semantic_propagation():
@@ -236,7 +236,7 @@ def test_eq9_M_dynamic_is_worked_out_from_the_two_images():
     S_1 = rows((1, 0, 0, 0), (0, 1, 0, 0))  # S_1 W_1 = (0, 2), (3, 0)
     S_2 = rows((1, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0))  # S_2 W_2 = (1, 5), (0, 5), (0, 0): class 2 is absent
     # M_dynamic = [[5 * 2, 1 * 3], [5 * 2, 0], [0, 0]] = [[10, 3], [10, 0], [0, 0]], 3 x 2
-    to_2, to_1 = mst.image_level(2, X_1, X_2, S_1, S_2)
+    to_2, to_1 = (mapped[1] for mapped in mst.image_level(*(torch.stack([torch.ones_like(x), x, 9 * x]) for x in (X_1, X_2, S_1, S_2))))
     # class 0: 3/4 * 10 * 8 and 1/4 * 3 * 8; class 1: 1/4 * 10 * 8 and 0; class 2: 0
     close(to_2, [[60.0, 6, 0, 0], [20, 0, 0, 0], [0, 0, 0, 0]])
     # class 0, mask (10, 10, 0): 3/5 * 10 * 5 and 1/5 * 10 * 5; class 1, mask (3, 0, 0): 1/5 * 3 * 5
@@ -284,7 +284,7 @@ def test_eq11_averages_over_all_pairs_of_images_and_sums_over_the_scales():
     # (a, c): cos 1,   (0 + 1)/2 twice   = 1        (b, c): nothing is mapped, (1 + 1)/2 twice = 2
     # (a, d): cos 3/5, (2/5 + 1)/2 twice = 1.4      (b, d): cos 4/5, (1/5 + 1)/2 twice         = 1.2
     mean = (1 + 2 + 1.4 + 1.2) / 4
-    S = {"one": [S_1, 0 * S_1, S_1], "two": [S_2, S_2, S_2]}  # at scale 2 nothing is mapped at all: 2
+    S = {"one": torch.stack([S_1, 0 * S_1, S_1]), "two": torch.stack([S_2, S_2, S_2])}  # at scale 2 nothing is mapped at all: 2
     X = {"one": [None, X_1, X_1, X_1], "two": [None, X_2, X_2, X_2]}
     dataset, img = uniform({"one": 2, "two": 2}, scr="image").consistency("one", "two", S, X)
     close(img, mean + 2 + mean)
@@ -293,7 +293,8 @@ def test_eq11_averages_over_all_pairs_of_images_and_sums_over_the_scales():
 
 def test_eq11_is_eq10_summed_over_three_levels():
     level = (rows((3, 4)), rows((4, 3)), rows((1, 0)), rows((0, 1)))  # 1/25 + 1
-    close(L_img([level, level, level]), 3 * 1.04)
+    other = (rows((3, 4)), rows((0, 4)), rows((1, 0)), rows((0, 1)))  # 1/5 + 1
+    close(L_img(*map(torch.stack, zip(level, level, other))), 1.04 + 1.04 + 1.2)
 
 
 def test_eq11_an_image_without_a_labelled_pixel_leaves_X_0_and_maps_nothing():

@@ -172,13 +172,13 @@ def test_msa_equals_the_loops():
     Y[2] = IGNORED
     msa = randomise(MSA(4, D))
     expected = torch.stack([torch.stack(aggregate(H[b], Y[b].tolist(), 4, msa.W_s)) for b in range(3)])
-    close(msa.aggregate(H, Y), expected)
+    close(msa([H], [Y])[0], expected)
     close(msa([H, H], [Y, Y])[1], expected)
 
 
 @torch.no_grad()
 def test_mse_equals_the_loops_with_and_without_a_mask():
-    S = [rand(2, 5, D, seed=l) for l in range(3)]
+    S = torch.stack([rand(2, 5, D, seed=l) for l in range(3)])
     for M_intra in (label_domain("a", 5).intra_mask(), torch.ones(5, 5)):
         mse = randomise(MSE(M_intra, D))
         expected = [propagate(mse.X_0, [S_l[b] for S_l in S], mse, M_intra) for b in range(2)]
@@ -192,18 +192,18 @@ def test_mse_equals_the_loops_with_and_without_a_mask():
 def test_mst_equals_the_loops_at_every_level_and_for_every_pair_of_images():
     M_static = rand(4, 3, seed=9)  # Z_2 = 4, Z_1 = 3
     mst = randomise(MST(M_static, D))
-    X_1, X_2, S_1, S_2 = rand(2, 3, D, seed=1), rand(3, 4, D, seed=2), rand(2, 3, D, seed=3), rand(3, 4, D, seed=4)
-    S_2[1, 2] = 0  # a class that image lacks
-    for found, expected in zip(mst.dataset_level(X_1[0], X_2[0]),
-                               transfer(0, mst, X_1[0], X_2[0], lambda z2, z1: float(M_static.float()[z2, z1]))):
+    X_1, X_2, S_1, S_2 = rand(3, 2, 3, D, seed=1), rand(3, 3, 4, D, seed=2), rand(3, 2, 3, D, seed=3), rand(3, 3, 4, D, seed=4)
+    S_2[:, 1, 2] = 0  # a class that image lacks
+    for found, expected in zip(mst.dataset_level(X_1[0, 0], X_2[0, 0]),
+                               transfer(0, mst, X_1[0, 0], X_2[0, 0], lambda z2, z1: float(M_static.float()[z2, z1]))):
         close(found, torch.stack(expected))
-    for l in (1, 2, 3):
-        to_2, to_1 = mst.image_level(l, X_1[:, None], X_2[None], S_1[:, None], S_2[None])
-        for a, b in product(range(2), range(3)):
-            expected = transfer(l, mst, X_1[a], X_2[b], dynamic(l, mst, S_1[a], S_2[b]))
-            close(to_2[a, b], torch.stack(expected[0]))
-            close(to_1[a, b], torch.stack(expected[1]))
-        assert not to_2[:, 1, 2].any()
+    to_2, to_1 = mst.image_level(X_1[:, :, None], X_2[:, None], S_1[:, :, None], S_2[:, None])
+    for l, a, b in product((1, 2, 3), range(2), range(3)):
+        X, S = (X_1[l - 1, a], X_2[l - 1, b]), (S_1[l - 1, a], S_2[l - 1, b])
+        expected = transfer(l, mst, *X, dynamic(l, mst, *S))
+        close(to_2[l - 1, a, b], torch.stack(expected[0]))
+        close(to_1[l - 1, a, b], torch.stack(expected[1]))
+    assert not to_2[:, :, 1, 2].any()
 
 
 def test_consistency_equals_the_loops():
@@ -212,7 +212,7 @@ def test_consistency_equals_the_loops():
     close(cosine_distance(X, mapped), sum(differ(X[b], mapped[b]) for b in range(2)) / 2)
     others, mapped_others = rand(2, 3, D, seed=3), rand(2, 3, D, seed=4)
     expected = [differ(X[b], mapped[b]) + differ(others[b], mapped_others[b]) for b in range(2)]
-    close(L_img([(X[b], mapped[b], others[b], mapped_others[b]) for b in range(2)]), sum(expected))
+    close(L_img(X, mapped, others, mapped_others), sum(expected))
 
 
 def test_cross_entropy_equals_the_loops():
@@ -298,17 +298,14 @@ def gradients_agree(function, *inputs):
 
 def test_gradients_of_msa_agree_with_differences():
     msa, Y = randomise(MSA(3, 2)), torch.tensor([[[0, 0, 1], [255, 1, 1]], [[2, 2, 2], [0, 255, 2]]])
-    assert gradients_agree(lambda H: msa.aggregate(H, Y), rand(2, 2, 2, 3))
+    assert gradients_agree(lambda H: msa([H], [Y])[0], rand(2, 2, 2, 3))
 
 
 def test_gradients_of_mse_and_mst_agree_with_differences():
     mse, mst = randomise(MSE(label_domain("a", 4).intra_mask(), 3)), randomise(MST(rand(2, 4), 3))
-    S = [rand(2, 4, 3, seed=l) for l in (1, 2, 3)]
-    assert gradients_agree(lambda *S: mse(S)[3], *S)
+    assert gradients_agree(lambda S: mse(S)[3], rand(3, 2, 4, 3))
     assert gradients_agree(mst.dataset_level, rand(4, 3), rand(2, 3, seed=1))
-    for l in (1, 2, 3):
-        X_1, X_2, S_1, S_2 = rand(4, 3, seed=l), rand(2, 3), S[0][0], S[1][0, :2]
-        assert gradients_agree(lambda *inputs: mst.image_level(l, *inputs), X_1, X_2, S_1, S_2)
+    assert gradients_agree(mst.image_level, rand(3, 4, 3), rand(3, 2, 3, seed=1), rand(3, 4, 3, seed=2), rand(3, 2, 3, seed=3))
 
 
 def test_gradients_of_the_losses_agree_with_differences():

@@ -133,7 +133,7 @@ def test_no_projection_has_a_bias():
 
 def test_features_get_no_gradient_from_ignored_pixels_through_msa():
     H = torch.randn(1, 8, 2, 3, requires_grad=True)
-    MSA(3, 8).aggregate(H, torch.tensor([[[0, 255, 1], [255, 1, 1]]])).square().sum().backward()
+    MSA(3, 8)([H], [torch.tensor([[[0, 255, 1], [255, 1, 1]]])])[0].square().sum().backward()
     assert H.grad[0].any(dim=0).tolist() == [[True, False, True], [False, True, True]]
 
 
@@ -153,7 +153,7 @@ def test_cosine_is_the_same_for_short_and_long_vectors():
 def test_a_feature_that_is_no_number_makes_its_own_region_no_number():
     H = torch.randn(1, 8, 2, 3)
     H[0, 2, 0, 0] = float("nan")
-    S = MSA(3, 8).aggregate(H, torch.tensor([[[0, 0, 1], [1, 1, 255]]]))
+    S = MSA(3, 8)([H], [torch.tensor([[[0, 0, 1], [1, 1, 255]]])])[0]
     assert S[0, 0].isnan().all() and S[0, 1:].isfinite().all()
 
 
@@ -162,7 +162,7 @@ def test_equal_features_share_no_gradient_but_give_it_to_one_pixel():
     msa = MSA(2, 1)
     with torch.no_grad():
         msa.W_s.weight.copy_(torch.tensor([[0.0, 1]]))  # the maximum alone
-    msa.aggregate(H, torch.tensor([[[1, 1], [255, 1]]])).sum().backward()
+    msa([H], [torch.tensor([[[1, 1], [255, 1]]])])[0].sum().backward()
     assert H.grad.sum() == 1
 
 
@@ -189,7 +189,7 @@ def test_msa_keeps_nothing_larger_than_its_feature_map_however_many_classes():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
             H = torch.randn(B, D, h, w, requires_grad=True)
-            MSA(Z, D).aggregate(H, torch.randint(Z, (B, h, w)))
+            MSA(Z, D)([H], [torch.randint(Z, (B, h, w))])
         return max(prod(shape) for shape in kept)
     assert largest(200) == largest(2) <= B * D * h * w
 
