@@ -2,6 +2,7 @@
 
     python train.py --mode universal                                        the built-in figures, minutes on a CPU
     torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR          as published
+    torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR       as published
     python train.py --help                                                  every flag
 """
 
@@ -10,63 +11,23 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, config as settings, distributed
 from sst.batches import Crops, Schedule, collate
-from sst.data import open_datasets
+from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
 from sst.inference import confusion_of, photo_logits
-from sst.losses import L_seg, L_u
+from sst.losses import L_d, L_u
 from sst.metrics import scores
-from sst.model import ParsingNet
-from sst.modules import SST, row_cosine, rows_of
+from sst.modules import row_cosine
 from sst.plots import save_curves, save_samples
-
-FIGURE_DOMAINS = ("pascal", "atr", "cihp")
-
-
-class Universal(nn.Module):
-    """The kept network and, beside it, SST (or None): a batch in, loss terms out."""
-
-    def __init__(self, net, sst):
-        super().__init__()
-        self.net, self.sst = net, sst
-
-    def forward(self, images, labels, domain):
-        """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
-        labels = labels.long()
-        H = self.net.features(images.to(self.net.mean.dtype, memory_format=torch.channels_last) / 255)
-        logits, terms, X = {}, {}, {}
-        for i, (name, head) in enumerate(self.net.heads.items()):
-            rows = rows_of(domain, i)
-            logits[name] = head(H[-1][rows])
-            terms[f"seg/{name}"] = L_seg(logits[name], labels[rows])
-        if self.sst is not None:
-            losses, X = self.sst(H, labels, domain, logits)
-            terms |= losses
-        return terms, X
-
-
-def build(config, domains):
-    """The network and SST of a run. A seed gives the network the same weights whether SST is there or not."""
-    torch.manual_seed(config["seed"])
-    net = ParsingNet(domains, config["arch"])
-    if config["resume"] and config["backbone_weights"] != "none":
-        net.backbone.freeze()  # the weights come from the checkpoint
-    elif config["backbone_weights"] != "none":
-        net.backbone.load_imagenet(config["backbone_weights"])
-    torch.manual_seed(config["seed"] + 1)
-    scr = config["scr"] if config["lam"] > 0 and len(domains) > 1 else "none"
-    sst = None
-    if config["beta"] > 0 or scr != "none":
-        sst = SST(domains, net.arch.dim, config["intra_mask"], scr, config["connect"], config["beta"] > 0, config["regions"])
-    return Universal(net, sst)
+from sst.scenarios import build, inherit
 
 
 def parameter_groups(model, config):
@@ -83,18 +44,37 @@ def parameter_groups(model, config):
 def main():
     config = settings.resolve()
     rank, world, device = distributed.start()
+    if config["mode"] == "dedicated" and not config["resume"]:
+        config["out"] = distributed.agree(settings.free_folder(config))  # both steps write into it
+    stages = settings.stages(config)
+    for stage in stages:
+        open_data(stage)  # a wrong list of the second step is found before the first
+    for stage in stages:
+        train(stage, rank, world, device)
+    distributed.stop()
 
+
+def open_data(config):
+    """The training and the validation set of every label domain: of --data, or figures."""
+    if config["data"]:
+        train, val = (open_datasets(config["data"], split) for split in ("train", "val"))
+    else:
+        domains, size = [builtin_domain(name) for name in config["figures"]], config["size"] or (128, 128)
+        places = [settings.FIGURES.index(name) for name in config["figures"]]  # every domain has pictures of its own
+        train = [Figures(d, config["seed"], 2000, size, i, len(settings.FIGURES)) for d, i in zip(domains, places)]
+        val = [Figures(d, 2 ** 31, 80, size) for d in domains]  # a seed of its own, pictures shared by the domains
+    if config["fraction"] < 1:
+        train = [fraction_of(dataset, config["fraction"], config["seed"]) for dataset in train]
+    return train, val
+
+
+def train(config, rank, world, device):
+    """One training: universal parsing, or a step of dedicated parsing."""
     def say(text):
         if rank == 0:
             print(text, flush=True)
 
-    # Data: a training set of each domain's own, and validation sets.
-    if config["data"]:
-        train, val = (open_datasets(config["data"], split) for split in ("train", "val"))
-    else:
-        domains, size = [builtin_domain(name) for name in FIGURE_DOMAINS], config["size"] or (128, 128)
-        train = [Figures(d, config["seed"], 2000, size, i, len(domains)) for i, d in enumerate(domains)]
-        val = [Figures(d, 2 ** 31, 80, size) for d in domains]  # a seed of its own, pictures shared by the domains
+    train, val = open_data(config)
     domains = [dataset.domain for dataset in train]
 
     # A step is K micro-batches of B crops, dealt whole to the processes.
@@ -108,8 +88,13 @@ def main():
     config["steps"] = steps = config["steps"] or config["epochs"] * epoch_steps
 
     # The model, its optimiser, and where it stands.
-    model = build(config, domains).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], fused=True)
+    start = config["source_checkpoint"] or config["init_from"]
+    origin = checkpoint.load(f"{start}/last.pt", "run") if start else None
+    model = build(config, domains, origin)
+    inherited = inherit(model, domains, origin, f"{start}/last.pt") if config["init_from"] else ""
+    model.to(device, memory_format=torch.channels_last).train()
+    objective = partial(L_d, target=domains[0].name) if config["mode"] == "dedicated" else L_u
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], betas=(0.9, config["adam_beta2"]), fused=True)
     step, best = 0, -1.0
     if config["resume"]:
         path = f"{config['resume']}/last.pt"
@@ -125,7 +110,9 @@ def main():
                                                      f"images)" for d, t, v in zip(domains, train, val)))
     kept = sum(p.numel() for p in model.net.parameters())
     dropped = sum(p.numel() for p in model.parameters()) - kept
-    say(f"{kept:,} parameters are kept, {dropped:,} of SST are dropped after training; {steps} steps of {K * B} "
+    if inherited:
+        say(inherited)
+    say(f"{kept:,} parameters are kept, {dropped:,} {'of SST and the frozen source ' if hasattr(model, 'source') else 'of SST '}are dropped after training; {steps} steps of {K * B} "
         f"images; device {device}, {world} process{'es' if world > 1 else ''}")
 
     wrapped = model
@@ -159,7 +146,7 @@ def main():
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     terms, X = wrapped(images, labels, domain)
-                    terms["total"] = L_u(terms, config["alpha"], config["beta"], config["lam"])
+                    terms["total"] = objective(terms, alpha=config["alpha"], beta=config["beta"], lam=config["lam"])
                 (terms["total"] * world / K).backward()  # DDP averages over the processes
             norms.collect()
             for name, value in terms.items():
@@ -210,7 +197,6 @@ def main():
         results = validate(model.net, val, config["size"], rank, world, device)
     if rank == 0:
         finish(out, model, domains, val, results, best, schedule.passes(steps * K), config, say)
-    distributed.stop()
 
 
 def open_log(out, step):

@@ -12,12 +12,13 @@ from .model import ARCHS
 # What a preset sets; any flag overrides its field. `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay,
 # backbone rate) it is Mask2Former's.
 PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=4, epochs=150, steps=None, lr=1e-4,
-             backbone_lr_scale=0.1, weight_decay=0.05, drop_at=125 / 150, alpha=10.0, beta=1.0, lam=5.0, validations=30,
+             adam_beta2=0.999, backbone_lr_scale=0.1, weight_decay=0.05, drop_at=125 / 150, alpha=10.0, beta=1.0, lam=5.0, validations=30,
              log_every=20, workers=4)
 SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=3e-3,
-                     backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
-# The figures vary in size already, and minutes are few: the demo hardly resizes them.
-DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(0.8, 1.25), batch_size=12, epochs=None, steps=1100, validations=2)
+                     adam_beta2=0.98, backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
+# The figures vary in size already, and minutes are few: the demo hardly resizes them, and takes many small steps.
+DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(0.8, 1.25), epochs=None, steps=2800, validations=2)
+FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 
 
@@ -39,9 +40,11 @@ def parser():
     p = argparse.ArgumentParser("train.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=None, description=(
         "Train a human parser on several label domains with SST.\n\n"
         "  python train.py --mode universal                                       the built-in figures, minutes on a CPU\n"
-        "  torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR      as published"))
+        "  torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR      as published\n"
+        "  torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR   as published"))
     g = p.add_argument_group("the run")
-    g.add_argument("--mode", choices=["universal"], default="universal", help="universal: one network, a head per label domain")
+    g.add_argument("--mode", choices=["universal", "dedicated"], default="universal", help="universal: one network, a head per label "
+                   "domain; dedicated: pre-train on source domains, then transfer to one target domain")
     g.add_argument("--preset", choices=list(PRESETS), help="demo (default without --data), small (the demo's network, for photos), "
                    "paper (default with --data: the published settings)")
     g.add_argument("--out", metavar="DIR", help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ...")
@@ -57,6 +60,15 @@ def parser():
     g.add_argument("--global-batch", type=positive, metavar="G", help="images of a step, a multiple of B that the processes share "
                    "(default: B per process)")
     g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process")
+    g = p.add_argument_group("dedicated parsing (without data: figures, source cihp, target pascal)")
+    g.add_argument("--source", nargs="+", default=[], metavar="NAME=PATH", help="label domains to pre-train on (several: universal parsing)")
+    g.add_argument("--target", metavar="NAME=PATH", help="the label domain to transfer to; its head is the one that is kept")
+    g.add_argument("--source-checkpoint", metavar="RUN_DIR", help="a run to transfer from, instead of pre-training")
+    g.add_argument("--source-epochs", type=positive, metavar="N", help="length of the pre-training (the transfer's length)")
+    g.add_argument("--source-steps", type=positive, metavar="N", help="the same in optimiser steps")
+    g.add_argument("--fraction", type=float, default=1.0, metavar="PART", help="part of the target's training list, chosen by seed (1)")
+    g = p.add_argument_group("a growing pool of label domains (universal)")
+    g.add_argument("--init-from", metavar="RUN_DIR", help="start from the weights of that run; --data may add and remove domains")
     g = p.add_argument_group("the network")
     g.add_argument("--arch", choices=list(ARCHS), help="r50, r101 or small")
     g.add_argument("--backbone-weights", metavar="auto|none|PATH", help="ImageNet weights: downloaded, none, or torchvision's file")
@@ -72,6 +84,7 @@ def parser():
     g.add_argument("--epochs", type=positive, help="passes over all training sets together")
     g.add_argument("--steps", type=positive, help="optimiser steps, instead of epochs")
     g.add_argument("--lr", type=float, help="learning rate of AdamW")
+    g.add_argument("--adam-beta2", type=float, metavar="B", help="AdamW's second beta (0.999; small networks from scratch: 0.98)")
     g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times that")
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--drop-at", type=float, metavar="PART", help="part of the run after which the rate is a tenth (125/150)")
@@ -85,15 +98,23 @@ def resolve(argv=None):
     args = vars(parser().parse_args(argv))
     if args["resume"]:
         return resumed(args)
-    args["preset"] = args["preset"] or ("paper" if args["data"] else "demo")
-    preset = PRESETS[args["preset"]]
+    check_scenario(args)
+    origin = args["init_from"] or args["source_checkpoint"]
+    before = load(Path(origin) / "last.pt", "run")["config"] if origin else {}
+    args["preset"] = args["preset"] or before.get("preset") or ("paper" if args["data"] or args["source"] or args["target"] else "demo")
+    preset = PRESETS[args["preset"]] | {key: before[key] for key in ("arch", "backbone_weights") if before}
+    for key in ("arch", "backbone_weights"):
+        if before and args[key] not in (None, before[key]):
+            raise InputError(f"--{key.replace('_', '-')} {args[key]}: the network of {origin} has {before[key]}, which it keeps; leave the "
+                             f"flag out")
     if args["epochs"] and args["steps"]:
         raise InputError(f"--epochs {args['epochs']} and --steps {args['steps']}: give one of them")
     if args["epochs"] or args["steps"]:
         preset = preset | dict(epochs=None, steps=None)
-    config = {key: preset.get(key) if value is None else value for key, value in args.items()}
-    for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("backbone_lr_scale", 0, 1e3),
-                           ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1)):
+    config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
+    for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999), ("backbone_lr_scale", 0, 1e3),
+                           ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1),
+                           ("fraction", 1e-9, 1)):
         if not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
     if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
@@ -105,11 +126,50 @@ def resolve(argv=None):
     if config["batch_size"] == 1 and max(config["crop"]) <= 32:
         raise InputError("--batch-size 1 with --crop 32x32: batch norm has one pixel left in the deepest map and needs two; use a larger "
                          "crop or batch")
-    if config["preset"] == "paper" and not config["data"]:
+    if config["preset"] == "paper" and not (config["data"] or config["target"]):
         raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 crops; give --data or --preset demo")
     if config["global_batch"] and config["global_batch"] % config["batch_size"]:
         raise InputError(f"--global-batch {config['global_batch']}: must be a multiple of --batch-size {config['batch_size']}")
     return config
+
+
+def check_scenario(args):
+    """Flags of one scenario in the other, and sources that are the target."""
+    dedicated = args["mode"] == "dedicated"
+    other = ["data", "init_from"] if dedicated else ["source", "target", "source_checkpoint", "source_epochs", "source_steps"]
+    given = [key for key in other if args[key]] + ["fraction"] * (not dedicated and args["fraction"] != 1)
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')}: has no meaning with --mode {args['mode']}; "
+                         + ("give --source NAME=PATH and --target NAME=PATH" if dedicated else "it belongs to --mode dedicated"))
+    if not dedicated:
+        return
+    if args["source_checkpoint"] and (args["source"] or args["source_epochs"] or args["source_steps"]):
+        raise InputError(f"--source-checkpoint {args['source_checkpoint']}: takes the place of pre-training; leave out --source, "
+                         f"--source-epochs and --source-steps")
+    if args["source_epochs"] and args["source_steps"]:
+        raise InputError(f"--source-epochs {args['source_epochs']} and --source-steps {args['source_steps']}: give one of them")
+    if bool(args["source"]) != bool(args["target"]) and not args["source_checkpoint"]:
+        raise InputError("--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither for the built-in figures")
+    if args["target"] and args["target"].partition("=")[0] in [spec.partition("=")[0] for spec in args["source"]]:
+        raise InputError(f"--target {args['target']}: is a source domain too; a transfer needs two different label domains")
+
+
+def stages(config):
+    """The trainings of a run, one after another: its settings, or for dedicated parsing those of both steps of Eq. 13.
+
+    Step 1 is universal parsing of the sources with the preset's weights of the losses: --beta 0 --lam 0 makes step 2 plain
+    fine-tuning, from the same start.
+    """
+    if config["mode"] == "universal" or config["resume"]:
+        return [config]
+    target = config | {"data": [config["target"]] if config["target"] else [], "figures": ["pascal"]}
+    if config["source_checkpoint"]:
+        return [target]
+    preset = PRESETS[config["preset"]]
+    length = {key: config[f"source_{key}"] for key in ("epochs", "steps")}
+    source = config | {key: preset[key] for key in ("alpha", "beta", "lam")} | (length if any(length.values()) else {}) | {
+        "mode": "universal", "data": config["source"], "figures": ["cihp"], "out": f"{config['out']}/source", "fraction": 1.0}
+    return [source, target | {"source_checkpoint": source["out"]}]
 
 
 def resumed(args):
@@ -130,13 +190,19 @@ def fresh_folder(mode):
     return folder
 
 
-def open_folder(config):
-    """Make the run's folder; raises InputError where it holds a run already or cannot be written."""
+def free_folder(config):
+    """The run's folder, as a Path; raises InputError where it holds a run already."""
     folder = Path(config["out"]) if config["out"] else fresh_folder(config["mode"])
     held = [name for name in ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt") if (folder / name).exists()]
     if held and not config["resume"]:
         way_on = f", or go on with it: --resume {folder}" if "last.pt" in held else ""
         raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another folder{way_on}")
+    return folder
+
+
+def open_folder(config):
+    """Make the run's folder; raises InputError where it holds a run already or cannot be written."""
+    folder = free_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

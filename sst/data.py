@@ -53,6 +53,28 @@ class Photos:
         return image, label
 
 
+class Part:
+    """Some samples of a dataset, as a dataset."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.domain, self.indices = dataset, dataset.domain, [int(i) for i in indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def where(self, i):
+        return self.dataset.where(self.indices[i])
+
+    def load(self, i):
+        return self.dataset.load(self.indices[i])
+
+
+def fraction_of(dataset, fraction, seed):
+    """That share of a dataset (at least one sample), chosen by seed: a smaller fraction lies within a larger one (Table 5)."""
+    order = np.random.default_rng((seed, len(dataset))).permutation(len(dataset))
+    return Part(dataset, order[:max(1, round(fraction * len(dataset)))])
+
+
 def read_image(path):
     """The pixels of a photo as stored, (H, W, 3) uint8 RGB; grey, palette, CMYK and 16-bit files are converted."""
     try:

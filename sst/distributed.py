@@ -37,6 +37,15 @@ def total(tensor):
     return tensor
 
 
+def agree(value):
+    """The first process's value, in all of them."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 class StepBatchNorm:
     """Running statistics of batch norm that do not depend on the number of processes.
 

@@ -72,10 +72,10 @@ class MSE(nn.Module):
 
     def __init__(self, intra_mask, dim, layers=L):
         super().__init__()
-        # X_0's rows start orthogonal (where Z <= D), entries of size 1. Nothing in Eq. 10 stops all rows from sharing one direction, which
-        # makes every cosine 1; rows that start small get there within a few steps of the optimiser, these are far from it. The
-        # price: rows of length sqrt(D) make L_aux start near 20, many times L_seg, for the first hundred steps.
-        self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=dim ** 0.5))
+        # X_0's rows start orthogonal (where Z <= D): nothing in Eq. 10 stops all rows from sharing one direction, which makes every
+        # cosine 1, and rows that start small get there within a few steps. Their length sets the size of A_aux at the start, and
+        # of L_aux's gradient: with rows of length 8 it drowned ten times L_seg's, with length 1 X_0 collapsed.
+        self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=3))
         self.f_Q, self.f_K, self.f_V = (nn.ModuleList(linear(dim, dim) for _ in range(layers)) for _ in range(3))
         self.register_buffer("M_intra", intra_mask.float())
 
@@ -172,6 +172,20 @@ def regions_of(labels, H):
     return [F.interpolate(labels[:, None].float(), size=H_l.shape[-2:], mode="nearest-exact")[:, 0].long() for H_l in H]
 
 
+def predicted_regions(A, labels, H):
+    """The regions of an image that has no labels in a domain: the argmax of that domain's logits A (B, Z, h, w), for each map of H.
+
+    labels (B, H, W) of whatever domain: what they ignore, padding too, belongs to no region. L of (B, h, w).
+    """
+    predicted = A.detach().float().argmax(dim=1)
+    return [torch.where(label == IGNORE, IGNORE, guess) for label, guess in zip(regions_of(labels, H), regions_of(predicted, H))]
+
+
+def full_precision(H):
+    """Feature maps in float32, for sums over regions and small softmaxes; float64 stays."""
+    return [H_l.to(torch.promote_types(H_l.dtype, torch.float32)) for H_l in H]
+
+
 def rows_of(domain, i):
     """Where the images of domain i stand in a batch: a slice where they are neighbours (no copy), else their indices."""
     rows = [row for row, d in enumerate(domain) if d == i]
@@ -187,16 +201,23 @@ class SST(nn.Module):
     connect:    "full" or "progressive".   aux: whether L_aux is wanted.
     regions:    "label" or "prediction": what delta is made of.
     static:     {(name_1, name_2): M_static (Z_2, Z_1)} for pairs, in either order, whose word similarities are not to be used.
+    sources:    LabelDomains of a frozen network (dedicated parsing, Eq. 13). MST then bridges each of them to each of `domains`,
+                instead of these among themselves; their representations come to `forward` as `given`.
     """
 
-    def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label", static=None):
+    def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label", static=None, sources=()):
         super().__init__()
         for option, value, allowed in (("intra_mask", intra_mask, ("body", "none")), ("scr", scr, ("both", "dataset", "image", "none")),
                                        ("connect", connect, ("full", "progressive")), ("regions", regions, ("label", "prediction"))):
             if value not in allowed:
                 raise ValueError(f"SST: {option} is {value!r}; it is one of {', '.join(allowed)}")
         self.domains, self.aux, self.regions = list(domains), aux, regions
-        self.pairs = connections([d.num_classes for d in domains], connect) if scr != "none" else []
+        self.sources = [d.name for d in sources]
+        if sources:
+            pairs = [(one, two) for one in sources for two in domains]
+        else:
+            pairs = [(domains[i], domains[j]) for i, j in connections([d.num_classes for d in domains], connect)]
+        self.pairs = [(one.name, two.name) for one, two in pairs] if scr != "none" else []
         self.dataset_level = scr in ("both", "dataset") and len(self.pairs) > 0
         self.image_level = scr in ("both", "image") and len(self.pairs) > 0
         # Only what the chosen losses reach is built: a parameter without a gradient would stall DDP.
@@ -207,16 +228,16 @@ class SST(nn.Module):
         self.mse = nn.ModuleDict({d.name: MSE(mask, dim, layers) for d, mask in zip(domains, masks)})
         self.mst = nn.ModuleDict()
         scales = ([0] if self.dataset_level else []) + ([1, 2, 3] if self.image_level else [])
-        for i, j in self.pairs:
-            one, two = domains[i], domains[j]
+        for one, two in pairs if self.pairs else ():
             M_static = static_mask(one, two, static or {}) if self.dataset_level else None
             self.mst[f"{one.name}:{two.name}"] = MST(M_static, dim, scales)
 
-    def forward(self, H, labels, domain, logits=None):
+    def forward(self, H, labels, domain, logits=None, given=None):
         """The auxiliary losses of a batch.
 
         H: three maps (B, D, h_l, w_l), coarse to fine. labels: (B, H, W) int64, 255 ignored. domain: B positions in
-        `domains`. logits: {domain name: A (B_d, Z, h, w)}, read with regions="prediction" only.
+        `domains`. logits: {domain name: A (B_d, Z, h, w)}, read with regions="prediction" only. given: {source: its
+        `represent`ation of the same B images}.
         Returns {"aux/NAME": L_aux, ..., "dataset": L_dataset, "img": L_img}, those that were asked for, and
         {NAME: [X_0 (Z, D), X_1.. X_L (B_d, Z, D)]}. Everything is computed in float32 (float64 stays). Raises ValueError for
         maps, labels and domains that do not belong together.
@@ -231,30 +252,31 @@ class SST(nn.Module):
         if self.regions == "prediction" and self.msa and logits is None:
             raise ValueError('SST: regions="prediction" needs the logits of every domain')
         with torch.autocast(H[0].device.type, enabled=False):
-            H = [H_l if H_l.dtype == torch.float64 else H_l.float() for H_l in H]
+            H = full_precision(H)
             losses, S, X = {}, {}, {}
+            for name, (S_d, X_d) in (given or {}).items():
+                S[name], X[name] = S_d, X_d
             for i, d in enumerate(self.domains):
                 rows = rows_of(domain, i)
                 if rows == []:  # no image of this domain in the batch: nothing to say about it but X_0
                     X[d.name] = self.mse[d.name](None)
                     continue
                 H_d, Y = [H_l[rows] for H_l in H], labels[rows]
-                S[d.name] = self.msa[d.name](H_d, self.delta(H_d, Y, logits, d.name)) if d.name in self.msa else None
-                X[d.name] = self.mse[d.name](S[d.name])
+                delta = regions_of(Y, H_d) if self.regions == "label" else predicted_regions(logits[d.name], Y, H_d) if self.msa else None
+                S[d.name], X[d.name] = self.represent(d.name, H_d, delta)
                 if self.aux:
                     losses[f"aux/{d.name}"] = L_aux(MSE.auxiliary(H_d[-1], X[d.name][-1]), Y)  # Eq. 7, with F = H_3
-            terms = [self.consistency(self.domains[i].name, self.domains[j].name, S, X) for i, j in self.pairs]
+            terms = [self.consistency(one, two, S, X) for one, two in self.pairs]
             if self.dataset_level:
                 losses["dataset"] = sum(dataset for dataset, _ in terms)
             if self.image_level:
                 losses["img"] = sum((img for _, img in terms), H[0].new_zeros(()))  # of pairs with images; there may be none
-        return losses, X
+        return losses, {d.name: X[d.name] for d in self.domains}
 
-    def delta(self, H, labels, logits, name):
-        if self.regions == "label":
-            return regions_of(labels, H)
-        predicted = logits[name].detach().float().argmax(dim=1)  # (B, h, w)
-        return [torch.where(label == IGNORE, IGNORE, guess) for label, guess in zip(regions_of(labels, H), regions_of(predicted, H))]
+    def represent(self, name, H, delta):
+        """What MSA and MSE make of images of one domain with the regions delta: S (L, B, Z, D) and [X_0, X_1, ..., X_L]."""
+        S = self.msa[name](H, delta) if self.msa else None
+        return S, self.mse[name](S)
 
     def consistency(self, one, two, S, X):
         """L_dataset and L_img of one pair of domains (Eq. 10, 11); 0 for a level not asked for or without an image."""
@@ -264,9 +286,10 @@ class SST(nn.Module):
             to_2, to_1 = mst.dataset_level(X[one][0], X[two][0])
             dataset = L_dataset(X[one][0], to_1, X[two][0], to_2)
         if self.image_level and one in S and two in S:
-            # All pairs of an image of domain 1 (axis 1) and one of domain 2 (axis 2), for all scales (axis 0).
-            X_1, X_2 = torch.stack(X[one][1:])[:, :, None], torch.stack(X[two][1:])[:, None]
-            to_2, to_1 = mst.image_level(X_1, X_2, S[one][:, :, None], S[two][:, None])
+            X_1, X_2, S_1, S_2 = torch.stack(X[one][1:]), torch.stack(X[two][1:]), S[one], S[two]  # (L, B_1, Z_1, D), (L, B_2, Z_2, D)
+            if one not in self.sources:  # all pairs of images; a frozen source looks at the very image that the target looks at
+                X_1, X_2, S_1, S_2 = X_1[:, :, None], X_2[:, None], S_1[:, :, None], S_2[:, None]
+            to_2, to_1 = mst.image_level(X_1, X_2, S_1, S_2)
             img = L_img(X_1, to_1, X_2, to_2)
         return dataset, img
 

@@ -8,7 +8,7 @@ import torch
 
 from sst.domains import LabelDomain
 from sst.losses import L_seg, L_u, cosine
-from sst.modules import MSA, MSE, SST, connections, regions_of, row_cosine, rows_of
+from sst.modules import MSA, MSE, SST, connections, predicted_regions, regions_of, row_cosine, rows_of
 
 SIZES = {"a": 4, "b": 3, "c": 5}
 
@@ -84,9 +84,8 @@ def test_regions_are_of_no_class_in_between():
 
 
 def test_predicted_regions_are_the_best_class_of_every_pixel_but_the_ignored_ones():
-    sst = network(regions="prediction")
     logits = torch.tensor([[[3.0, 0, 1, 0]], [[1, 5, 0, 0]], [[2, 1, 9, 1]], [[0, 0, 2, 4]]])[None]  # (1, 4, 1, 4)
-    delta = sst.delta([torch.empty(1, 8, 1, 4)], torch.tensor([[[2, 2, 255, 0]]]), {"a": logits}, "a")
+    delta = predicted_regions(logits, torch.tensor([[[2, 2, 255, 0]]]), [torch.empty(1, 8, 1, 4)])
     assert delta[0].tolist() == [[[0, 1, 255, 3]]]
 
 

@@ -12,17 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from sst import checkpoint
 from sst.batches import Crops, Schedule, collate
-from sst.config import DEMO, resolve
+from sst.config import DEMO, FIGURES, resolve
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
 from sst.losses import L_u
 from sst.model import Arch
+from sst.scenarios import Universal
 
 ROOT = Path(__file__).parent.parent
 TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
-DOMAINS = [builtin_domain(name) for name in train.FIGURE_DOMAINS]
-BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label", resume=None)
+DOMAINS = [builtin_domain(name) for name in FIGURES]
+BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label", resume=None, mode="universal")
 
 
 def batches(domains, count, size=3, seed=0):
@@ -98,13 +99,13 @@ def test_sst_reads_the_network_only_through_its_losses():
 
 def test_a_seed_gives_the_same_crops_in_the_same_order_with_and_without_sst(tmp_path, monkeypatch):
     seen = []
-    forward = train.Universal.forward
+    forward = Universal.forward
 
-    def spy(self, images, labels, domain):
+    def spy(self, images, labels, domain, given=None):
         seen.append((images.clone(), labels.clone(), domain))
         return forward(self, images, labels, domain)
 
-    monkeypatch.setattr(train.Universal, "forward", spy)
+    monkeypatch.setattr(Universal, "forward", spy)
     for name, flags in (("with", []), ("without", ["--beta", "0", "--lam", "0"])):
         run(monkeypatch, *SHORT, "--validations", "0", "--steps", 2, "--out", tmp_path / name, *flags)
     for (images, labels, domain), (images_, labels_, domain_) in zip(seen[:2], seen[2:], strict=True):
@@ -248,7 +249,7 @@ def test_one_sentence_for_settings_that_cannot_be_used(tmp_path, monkeypatch, fl
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "L_u", lambda terms, *weights: sum(terms.values()) * float("nan"))
+    monkeypatch.setattr(train, "L_u", lambda terms, **weights: sum(terms.values()) * float("nan"))
     with pytest.raises(InputError, match="step 1: the loss term total is nan, so training has diverged; lower --lr"):
         run(monkeypatch, *SHORT, "--steps", 2, "--out", tmp_path / "run")
 
