@@ -45,7 +45,7 @@ def main():
     config = settings.resolve()
     rank, world, device = distributed.start()
     if config["mode"] == "dedicated" and not config["resume"]:
-        config["out"] = distributed.agree(settings.free_folder(config))  # both steps write into it
+        config["out"] = distributed.agree(str(settings.free_folder(config)))  # both steps write into it
     stages = settings.stages(config)
     for stage in stages:
         open_data(stage)  # a wrong list of the second step is found before the first

@@ -100,6 +100,10 @@ def resolve(argv=None):
         return resumed(args)
     check_scenario(args)
     origin = args["init_from"] or args["source_checkpoint"]
+    if origin and Path(origin).is_file():
+        flag = "init-from" if args["init_from"] else "source-checkpoint"
+        raise InputError(f"--{flag} {origin}: is a file, and model.pt alone lacks the auxiliary modules; give the run's folder, whose "
+                         f"last.pt has them")
     before = load(Path(origin) / "last.pt", "run")["config"] if origin else {}
     args["preset"] = args["preset"] or before.get("preset") or ("paper" if args["data"] or args["source"] or args["target"] else "demo")
     preset = PRESETS[args["preset"]] | {key: before[key] for key in ("arch", "backbone_weights") if before}

@@ -1,0 +1,251 @@
+"""Dedicated parsing, and a growing pool of label domains: what is frozen, what is inherited, what is kept."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_train import SHORT, lines
+
+import train
+from sst import checkpoint
+from sst.config import resolve, stages
+from sst.data import fraction_of
+from sst.domains import builtin_domain
+from sst.errors import InputError
+from sst.figures import Figures
+from sst.scenarios import build, inherit
+
+STEPS = [*SHORT, "--steps", 2, "--validations", 0]
+
+
+def run(*flags):
+    argv, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run on the built-in figures in the classes of ATR and CIHP... as universal parsing of all three, with SST."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("source") / "run"
+    run(*STEPS, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def transfer(tmp_path_factory):
+    """Dedicated parsing of figures, both steps: CIHP -> PASCAL."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("transfer") / "run"
+    run("--mode", "dedicated", *STEPS, "--source-steps", 1, "--out", out)
+    return out
+
+
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def test_both_steps_run_and_only_the_target_is_kept(transfer):
+    config = json.loads((transfer / "source/config.json").read_text())
+    assert (config["mode"], config["steps"], config["figures"]) == ("universal", 1, ["cihp"])
+    assert json.loads((transfer / "config.json").read_text())["source_checkpoint"] == str(transfer / "source")
+    assert set(lines(transfer / "source")[0]["loss"]) == {"seg/cihp", "aux/cihp", "total"}, "Eq. 13, step 1"
+    first = lines(transfer)[0]["loss"]
+    assert set(first) == {"seg/pascal", "aux/pascal", "dataset", "img", "total"}, "Eq. 13, step 2"
+    assert first["total"] == pytest.approx(10 * first["seg/pascal"] + first["aux/pascal"] + 5 * (first["dataset"] + first["img"]), rel=1e-5)
+    net, domains = checkpoint.load_model(transfer / "model.pt")
+    assert [d.name for d in domains] == ["pascal"] and list(net.heads) == ["pascal"]
+    kept = torch.load(transfer / "model.pt", weights_only=True)["weights"]
+    assert kept.keys() == net.state_dict().keys()
+
+
+def test_the_frozen_source_stays_bit_identical(transfer):
+    before, after = last(transfer / "source")["weights"], last(transfer)["weights"]
+    frozen = {key.removeprefix("source."): value for key, value in after.items() if key.startswith("source.")}
+    assert any("running_mean" in key for key in frozen) and any("X_0" in key for key in frozen)
+    assert all(torch.equal(value, before[key]) for key, value in frozen.items())
+    assert {key for key in before if not key.startswith("sst.mst.")} == set(frozen)
+    assert not torch.equal(after["net.backbone.conv1.weight"], before["net.backbone.conv1.weight"]), "the target's copy learns"
+
+
+def dedicated(source, **change):
+    config = resolve(["--mode", "dedicated", "--source-checkpoint", str(source)]) | change
+    (config,) = stages(config)
+    origin = checkpoint.load(source / "last.pt", "run")
+    return config, origin
+
+
+@pytest.fixture
+def target_only(source, tmp_path):
+    """The source without PASCAL, so that PASCAL can be a target: universal parsing of ATR and CIHP."""
+    out = tmp_path / "two"
+    config = json.loads((source / "config.json").read_text()) | {"figures": ["atr", "cihp"], "out": str(out), "crop": (64, 64),
+                                                                 "size": (64, 64), "scale": (0.8, 1.25), "steps": 1}
+    train.train(config, 0, 1, torch.device("cpu"))
+    return out
+
+
+def test_the_target_starts_as_a_copy_and_every_source_is_bridged_to_it(target_only):
+    config, origin = dedicated(target_only)
+    model = build(config, [builtin_domain("pascal")], origin).train()
+    assert list(model.sst.mst) == ["atr:pascal", "cihp:pascal"] and list(model.sst.mse) == ["pascal"]
+    own = {key: value for key, value in model.net.state_dict().items() if not key.startswith("heads.")}
+    assert all(torch.equal(value, origin["weights"][f"net.{key}"]) for key, value in own.items())
+    assert model.net.training and not model.source.training and not any(p.requires_grad for p in model.source.parameters())
+
+    images, labels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(7, (2, 64, 64), dtype=torch.uint8)
+    labels[0, :32], labels[1] = 255, 255
+    # The source's regions are its own heads' argmax, but where the target's labels are ignored.
+    given = model.source.represent(images, labels.long())
+    S, X = given["cihp"]
+    assert S.shape == (3, 2, 20, 64) and X[0].shape == (20, 64) and X[3].shape == (2, 20, 64)
+    assert S[:, 0].any() and not S[:, 1].any(), "an image of ignored pixels has no region"
+    other = labels.clone()
+    other[0, 32:] = (other[0, 32:] + 1) % 7
+    again = model.source.represent(images, other.long())["cihp"][0]
+    assert torch.equal(S, again), "the labels' classes are none of the source's"
+
+    terms, X = model(images, labels, [0, 0])
+    assert set(terms) == {"seg/pascal", "aux/pascal", "dataset", "img"} and list(X) == ["pascal"]
+    sum(terms.values()).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad), "DDP would wait for it"
+    assert all(p.grad is None for p in model.source.parameters())
+
+
+def test_source_and_target_of_one_image_are_paired_and_no_others(target_only):
+    """Image 0's loss does not change with what image 1 shows."""
+    config, origin = dedicated(target_only)
+    model = build(config, [builtin_domain("pascal")], origin).eval()
+    images, labels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(7, (2, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        both, one, two = (model(images[rows], labels[rows], [0] * n)[0]["img"] for rows, n in (([0, 1], 2), ([0], 1), ([1], 1)))
+    assert both.item() == pytest.approx((one.item() + two.item()) / 2, rel=1e-5)
+
+
+def test_fine_tuning_starts_from_the_same_weights_without_sst(target_only):
+    config, origin = dedicated(target_only)
+    with_sst, without = (build(config | change, [builtin_domain("pascal")], origin) for change in ({}, {"beta": 0, "lam": 0}))
+    assert without.sst is None and not hasattr(without, "source")
+    one, two = with_sst.net.state_dict(), without.net.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_fractions_are_nested_and_seeded():
+    figures = Figures(builtin_domain("atr"), 0, 40, (64, 64))
+    half, most = fraction_of(figures, 0.5, 3), fraction_of(figures, 0.8, 3)
+    assert (len(half), len(most)) == (20, 32) and half.indices == most.indices[:20] and half.domain is figures.domain
+    assert half.indices == fraction_of(figures, 0.5, 3).indices != fraction_of(figures, 0.5, 4).indices
+    assert len(fraction_of(figures, 0.001, 3)) == 1
+    assert half.where(2) == figures.where(half.indices[2])
+    assert np.array_equal(half.load(2)[0], figures.load(half.indices[2])[0])
+
+
+# --init-from ---------------------------------------------------------------------------------------------------------------------
+
+
+def other_run(source, names):
+    origin = checkpoint.load(source / "last.pt", "run")
+    config = resolve(["--init-from", str(source)])
+    domains = [builtin_domain(name) for name in names]
+    model = build(config, domains, origin)
+    return model, inherit(model, domains, origin, source / "last.pt"), origin["weights"]
+
+
+def test_a_domain_is_added_and_one_removed_and_the_known_heads_predict_what_they_did(source):
+    net, _ = checkpoint.load_model(source / "model.pt")
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = net(image)
+        for names in (("pascal", "atr", "cihp", "lip"), ("cihp", "atr")):
+            model, words, weights = other_run(source, names)
+            after = model.eval().net(image)
+            assert list(after) == list(names)
+            for name in names:
+                assert name == "lip" or torch.equal(after[name], before[name])
+            for name in set(names) - {"lip"}:
+                assert torch.equal(model.sst.mse[name].X_0, weights[f"sst.mse.{name}.X_0"])
+            if "lip" in names:
+                new = words.partition("new")[2]
+                assert all(part in new for part in ("head of lip", "MSE of lip", "MST of cihp:lip")) and "pascal:atr" not in new
+            else:
+                assert "left behind: domain pascal" in words and "new" not in words
+
+
+def test_a_pair_in_the_other_order_keeps_its_meaning(source):
+    """MST of atr:cihp and of cihp:atr are the same maps with 1 and 2 exchanged."""
+    one, two = other_run(source, ("atr", "cihp"))[0], other_run(source, ("cihp", "atr"))[0]
+    X, Y = one.sst.mse["atr"].X_0, one.sst.mse["cihp"].X_0
+    with torch.no_grad():
+        to_cihp, to_atr = one.sst.mst["atr:cihp"].dataset_level(X, Y)
+        swapped_to_atr, swapped_to_cihp = two.sst.mst["cihp:atr"].dataset_level(Y, X)
+    torch.testing.assert_close(to_cihp, swapped_to_cihp)
+    torch.testing.assert_close(to_atr, swapped_to_atr)
+    assert not torch.allclose(to_cihp[:18], to_atr)
+
+
+def test_init_from_runs(source, tmp_path, capsys):
+    run("--init-from", source, *STEPS, "--out", tmp_path / "more")
+    printed = capsys.readouterr().out
+    assert "loaded (" in printed and "network, head of pascal" in printed and "\nnew (" not in printed
+
+
+# What is refused -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--target", "pascal=x"], "--target: has no meaning with --mode universal; it belongs to --mode dedicated"),
+    (["--fraction", "0.5"], "--fraction: has no meaning with --mode universal"),
+    (["--mode", "dedicated", "--data", "pascal=x"], "--data: has no meaning with --mode dedicated; give --source NAME=PATH and --target"),
+    (["--mode", "dedicated", "--target", "pascal=x"], "--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither"),
+    (["--mode", "dedicated", "--source", "cihp=x", "--target", "cihp=y"], "--target cihp=y: is a source domain too"),
+    (["--mode", "dedicated", "--source", "cihp=x", "--source-checkpoint", "y"], "--source-checkpoint y: takes the place of pre-training"),
+    (["--mode", "dedicated", "--source-steps", "1", "--source-epochs", "1"], "--source-epochs 1 and --source-steps 1: give one of them"),
+    (["--mode", "dedicated", "--fraction", "0"], "--fraction 0.0: must lie between"),
+    (["--mode", "dedicated", "--fraction", "1.5"], "--fraction 1.5: must lie between"),
+    (["--mode", "dedicated", "--source-checkpoint", "nowhere"], "nowhere/last.pt: no such file"),
+    (["--init-from", "nowhere"], "nowhere/last.pt: no such file"),
+])
+def test_one_sentence_for_scenarios_that_make_no_sense(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        run(*flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def refused(message, *flags):
+        with pytest.raises(InputError) as caught:
+            run(*STEPS, "--out", tmp_path / "out", *flags)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    refused("--target pascal: is a source domain too", "--mode", "dedicated", "--source-checkpoint", source)
+    refused("--arch r50: the network of", "--init-from", source, "--arch", "r50")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/last.pt").write_bytes((transfer / "model.pt").read_bytes())  # a lone model.pt has no auxiliary modules
+    refused("alone/last.pt: lacks best, config, optimizer, step; expected a last.pt", "--mode", "dedicated", "--source-checkpoint",
+            tmp_path / "alone")
+    content = last(transfer / "source")
+    content["weights"] = {key: value for key, value in content["weights"].items() if not key.startswith("sst.")}
+    checkpoint.save(content, tmp_path / "alone/last.pt")
+    refused("was trained without MSA and MSE (--beta 0), which --lam 5 needs", "--mode", "dedicated", "--source-checkpoint",
+            tmp_path / "alone")
+    content = last(transfer / "source")
+    content["domains"][0]["classes"] = ["a thing" if c == "coat" else c for c in content["domains"][0]["classes"]]
+    content["domains"][0] |= {"adjacency": [], "flip_pairs": []}
+    checkpoint.save(content, tmp_path / "alone/last.pt")
+    refused("its domain 'cihp' has the classes", "--init-from", tmp_path / "alone")
+
+
+def test_a_source_checkpoint_must_be_a_folder_and_the_message_says_so(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="model.pt.*give the run's folder"):
+        run(*STEPS, "--mode", "dedicated", "--source-checkpoint", source / "model.pt")
