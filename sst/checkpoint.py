@@ -3,6 +3,7 @@
 All are loaded with weights_only=True: a stranger's file runs no code.
 """
 
+import json
 import os
 import pickle
 import zipfile
@@ -55,10 +56,28 @@ def model_content(net, domains):
 def load_model(path):
     """(ParsingNet in eval mode, its label domains) from a model.pt or best.pt. Raises InputError."""
     content = load(path, "model")
+    if "optimizer" in content:
+        raise InputError(f"{path}: a run to resume, with SST and optimizer; give the model.pt or best.pt beside it")
     domains = [from_dict(fields, str(path)) for fields in content["domains"]]
     net = from_spec(content["arch"], domains, str(path))
     load_weights(net, content["weights"], path)
     return net.eval(), domains
+
+
+def trained_size(path):
+    """(H, W) that the photos of a run were fitted into, from the config.json beside its checkpoint; None for their own size.
+
+    None too where there is no config.json; raises InputError for one that holds no settings of a run.
+    """
+    file = Path(path).with_name("config.json")
+    if not file.is_file():
+        return None
+    try:
+        size = json.loads(file.read_text())["size"]
+        return None if size is None else (int(size[0]), int(size[1]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise InputError(f"{file}: not the settings of a run, which say the size that photos are fitted into; give --size HxW, or put the "
+                         f"checkpoint where no other config.json lies") from None
 
 
 def load_weights(module, weights, path):

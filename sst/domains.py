@@ -167,6 +167,30 @@ def check_label_map(domain):
         raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label files hold")
 
 
+def read_class_map(file, head, domain):
+    """(P,) int64: the id in `domain` of each class of the label domain `head`, or Z for none.
+
+    file: a JSON object {"class of head": "class of domain" or null, ...} with every class of head. Raises InputError.
+    """
+    try:
+        names = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({' '.join(str(error).split())}); write one object that gives every class of "
+                         f"{head.name} a class of {domain.name}, or null") from None
+    if not isinstance(names, dict):
+        raise InputError(f"{file}: found {type(names).__name__}; write one JSON object that gives every class of {head.name} a class of "
+                         f"{domain.name}, or null")
+    for name in [*names, *head.classes]:
+        if name not in head.classes:
+            raise InputError(f"{file}: maps '{name}', which is no class of {head.name}; classes are {', '.join(head.classes)}")
+        if name not in names:
+            raise InputError(f"{file}: lacks '{name}'; every class of {head.name} needs a class of {domain.name}, or null for none")
+        if names[name] is not None and names[name] not in domain.classes:
+            raise InputError(f"{file}: maps '{name}' to {names[name]!r}, which is no class of {domain.name}; use null or one of "
+                             f"{', '.join(domain.classes)}")
+    return np.array([domain.num_classes if names[name] is None else domain.index(names[name]) for name in head.classes])
+
+
 @cache
 def builtin_domain(name):
     """The built-in domain of that name; raises InputError with the list of names."""

@@ -5,28 +5,43 @@ import numpy as np
 from .domains import IGNORE
 
 
-def confusion(prediction, label, num_classes):
-    """(Z, Z) int64: entry [t, p] counts the pixels of true class t that were predicted p; ignored pixels are left out.
+def confusion(prediction, label, num_classes, predicted_classes=None):
+    """(Z, P) int64: entry [t, p] counts the pixels of true class t that were predicted p; ignored pixels are left out.
 
-    prediction, label: (H, W) integer arrays.
+    prediction, label: (H, W) integer arrays. Z = num_classes; P = predicted_classes where a head of other classes predicts, else Z.
     """
+    P = predicted_classes or num_classes
     seen = label != IGNORE
-    pairs = label[seen].astype(np.int64) * num_classes + prediction[seen]
-    return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+    pairs = label[seen].astype(np.int64) * P + prediction[seen]
+    return np.bincount(pairs, minlength=num_classes * P).reshape(num_classes, P)
 
 
-def scores(matrix):
-    """From a confusion matrix: {"miou", "mean_accuracy", "iou": (Z,), "absent": ids}, all but the ids in percent.
+def mapped(matrix, to):
+    """The confusion matrix (Z, Z + 1) of a head of other classes, from its (Z, P) and the true class to[p] of each of its classes p.
 
-    IoU = true positives / (truth + prediction - true positives). A class that neither truth nor prediction holds has no IoU
-    (NaN) and is left out of the mean; a class that the truth lacks is left out of mean accuracy (mean recall per class).
+    to[p] = Z is no class: column Z holds the pixels that were predicted as such a p.
     """
-    hit, truth, predicted = np.diag(matrix).astype(float), matrix.sum(1), matrix.sum(0)
-    union = truth + predicted - hit
+    result = np.zeros((len(matrix), len(matrix) + 1), np.int64)
+    np.add.at(result.T, to, matrix.T)
+    return result
+
+
+def scores(matrix, left_out=()):
+    """From a confusion matrix: {"miou", "mean_accuracy", "iou": (Z,), "accuracy": (Z,), "absent": ids}, all but the ids in percent.
+
+    IoU = true positives / (truth + prediction - true positives); accuracy is recall per class. A class that neither truth nor
+    prediction holds has no IoU (NaN) and is left out of the mean; a class that the truth lacks is left out of mean accuracy.
+    A matrix (Z, Z + 1) has predictions of no class in its last column: they are wrong, whatever the truth.
+    left_out: ids that count in neither mean. Pixels predicted as another class still count against that one.
+    """
+    Z = len(matrix)
+    hit, truth, predicted = np.diag(matrix).astype(float), matrix.sum(1), matrix.sum(0)[:Z]
+    union, counted = truth + predicted - hit, ~np.isin(np.arange(Z), left_out)
     with np.errstate(invalid="ignore", divide="ignore"):
-        iou = 100 * np.where(union > 0, hit / union, np.nan)
-        recall = 100 * np.where(truth > 0, hit / truth, np.nan)
-    return {"miou": mean(iou), "mean_accuracy": mean(recall), "iou": iou, "absent": np.flatnonzero(union == 0).tolist()}
+        iou = 100 * np.where(counted & (union > 0), hit / union, np.nan)
+        accuracy = 100 * np.where(counted & (truth > 0), hit / truth, np.nan)
+    return {"miou": mean(iou), "mean_accuracy": mean(accuracy), "iou": iou, "accuracy": accuracy,
+            "absent": np.flatnonzero(counted & (union == 0)).tolist()}
 
 
 def mean(values):

@@ -1,10 +1,12 @@
 """Pictures of a run: label maps in colour with their legend, and curves. matplotlib is imported where a picture is drawn."""
 
 import numpy as np
+from PIL import Image
 
 from .domains import IGNORE
 
 GREY = (128, 128, 128)  # of ignored pixels
+SOFTWARE = "sst evaluate.py"  # what a picture of a confusion matrix says of itself
 
 
 def colourise(label, domain):
@@ -71,6 +73,36 @@ def save_curves(lines, path):
             axis.text(0.5, 0.5, "none in this run", ha="center", transform=axis.transAxes, color="0.5")
         axis.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def save_confusion(matrix, truth, predicted, title, path):
+    """A confusion matrix (Z, P) as a picture: of each true class, the percentages that were predicted as each class.
+
+    truth, predicted: names of the Z rows and P columns.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(0.34 * len(predicted) + 2.6, 0.3 * len(truth) + 2.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(predicted)), predicted, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(truth)), [name if row.any() else f"{name} (in no label)" for name, row in zip(truth, matrix)], fontsize=7)
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel="predicted, % of the true class's pixels", ylabel="true class")
+    for t, p in np.argwhere(share >= 0.5):
+        axis.text(p, t, f"{share[t, p]:.0f}", ha="center", va="center", fontsize=6, color="white" if share[t, p] > 50 else "black")
+    figure.savefig(path, format="png", metadata={"Software": SOFTWARE})
+
+
+def is_confusion(path):
+    """Whether a file is a picture that `save_confusion` wrote."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def smooth(values, window=9):
