@@ -32,7 +32,7 @@ class Arch:
 ARCHS = {
     "r50": Arch(),
     "r101": Arch(blocks=(3, 4, 23, 3)),
-    "small": Arch(blocks=(2, 2, 2, 2), width=16, dim=64, heads=4, layers=1, ffn=128, mlp=2),
+    "small": Arch(blocks=(2, 2, 2, 2), width=16, dim=64, heads=2, layers=1, ffn=128, window=4, mlp=2),
 }
 
 

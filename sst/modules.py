@@ -256,14 +256,18 @@ class SST(nn.Module):
             losses, S, X = {}, {}, {}
             for name, (S_d, X_d) in (given or {}).items():
                 S[name], X[name] = S_d, X_d
+            delta = regions_of(labels, H) if self.msa and self.regions == "label" else None
             for i, d in enumerate(self.domains):
                 rows = rows_of(domain, i)
                 if rows == []:  # no image of this domain in the batch: nothing to say about it but X_0
                     X[d.name] = self.mse[d.name](None)
                     continue
                 H_d, Y = [H_l[rows] for H_l in H], labels[rows]
-                delta = regions_of(Y, H_d) if self.regions == "label" else predicted_regions(logits[d.name], Y, H_d) if self.msa else None
-                S[d.name], X[d.name] = self.represent(d.name, H_d, delta)
+                if delta is not None:
+                    delta_d = [delta_l[rows] for delta_l in delta]
+                else:
+                    delta_d = predicted_regions(logits[d.name], Y, H_d) if self.msa else None
+                S[d.name], X[d.name] = self.represent(d.name, H_d, delta_d)
                 if self.aux:
                     losses[f"aux/{d.name}"] = L_aux(MSE.auxiliary(H_d[-1], X[d.name][-1]), Y)  # Eq. 7, with F = H_3
             terms = [self.consistency(one, two, S, X) for one, two in self.pairs]
