@@ -79,11 +79,16 @@ def read_image(path):
     """The pixels of a photo as stored, (H, W, 3) uint8 RGB; grey, palette, CMYK and 16-bit files are converted."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(image.convert("RGB"))
+            return rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable photo ({one_line(error)}); replace the file or take its id off the list") from None
+
+
+def rgb(image):
+    """The pixels of a PIL image of any mode, (H, W, 3) uint8."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def read_label(path, domain):

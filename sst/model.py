@@ -180,8 +180,8 @@ def zones(size, padded, shift, device):
 
     Zone 0 are the pixels in place, +1 those that the roll has wrapped around, +2 the padding.
     """
-    i = torch.arange(padded, device=device)
-    return (i >= padded - shift).long() + 2 * ((i + shift) % padded >= size).long()
+    source = torch.arange(padded, device=device).roll(-shift)  # the pixel that the roll has brought here
+    return (source < shift).long() + 2 * (source >= size).long()
 
 
 class DecoderStage(nn.Module):

@@ -1,7 +1,7 @@
 """Pictures of a run: label maps in colour with their legend, and curves. matplotlib is imported where a picture is drawn."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .domains import IGNORE
 
@@ -9,12 +9,66 @@ GREY = (128, 128, 128)  # of ignored pixels
 SOFTWARE = "sst evaluate.py"  # what a picture of a confusion matrix says of itself
 
 
-def colourise(label, domain):
-    """(H, W) class ids -> (H, W, 3) uint8 in the domain's colours; ignored pixels are grey."""
+def colour_table(domain):
+    """(256, 3) uint8: the domain's palette by class id; ids that are none, and ignored pixels, are grey."""
     table = np.full((256, 3), GREY, np.uint8)
     table[:domain.num_classes] = domain.palette()
     table[IGNORE] = GREY
-    return table[label]
+    return table
+
+
+def colourise(label, domain):
+    """(H, W) class ids -> (H, W, 3) uint8 in the domain's colours; ignored pixels are grey."""
+    return colour_table(domain)[label]
+
+
+def indexed(label, domain):
+    """(H, W) class ids -> a PIL image that keeps them as palette indices, to be saved as PNG."""
+    image = Image.fromarray(label)
+    image.putpalette(colour_table(domain).tobytes())
+    return image
+
+
+def scaled(image, labels, side):
+    """A photo (H, W, 3) and its label maps {domain: (H, W)}, resized for a picture with `side` pixels on the longer side."""
+    size = [max(1, round(n * side / max(image.shape))) for n in (image.shape[1], image.shape[0])]
+    resize = lambda pixels, how: np.asarray(Image.fromarray(pixels).resize(size, how))
+    return (resize(image, Image.Resampling.BILINEAR),
+            {name: resize(label, Image.Resampling.NEAREST) for name, label in labels.items()})
+
+
+def overlay(image, label, domain):
+    """The photo under the colours of its classes, and their names on the right: (H', W', 3) uint8.
+
+    The background stays as it is. A class's pixels keep their brightness alone, so that its colour is the legend's. Names of
+    classes that the label map lacks are grey.
+    """
+    from matplotlib import get_data_path
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)  # knows more scripts than Pillow's own
+    brightness = image.mean(axis=2, keepdims=True)
+    blend = np.where(label[..., None] > 0, 0.4 * brightness + 0.6 * colourise(label, domain), image).astype(np.uint8)
+    line = 18
+    width = 40 + round(max(font.getlength(name) for name in (domain.name, *domain.classes)))
+    legend = Image.new("RGB", (width, max(len(image), line * domain.num_classes + 14)), "white")
+    draw = ImageDraw.Draw(legend)
+    draw.text((10, 7), domain.name, "black", font)
+    present = set(np.unique(label).tolist())
+    for i, (name, colour) in enumerate(zip(domain.classes, domain.palette().tolist())):
+        if i > 0:
+            top = line * i + 7
+            draw.rectangle((10, top + 2, 23, top + 14), tuple(colour), (128, 128, 128))
+            draw.text((30, top), name, "black" if i in present else (170, 170, 170), font)
+    return side_by_side([blend, np.asarray(legend)])
+
+
+def side_by_side(pictures):
+    """[(H, W, 3), ...] uint8 in one row, at the top of white ground."""
+    canvas = np.full((max(map(len, pictures)), sum(p.shape[1] for p in pictures), 3), 255, np.uint8)
+    left = 0
+    for picture in pictures:
+        canvas[:len(picture), left:left + picture.shape[1]] = picture
+        left += picture.shape[1]
+    return canvas
 
 
 def save_samples(samples, path):

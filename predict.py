@@ -1,0 +1,147 @@
+"""Human parsing of photos with a trained network, and its export to ONNX.
+
+    python predict.py runs/universal photo.jpg folder/ --out predictions
+    python predict.py runs/universal --export parser.onnx
+    python predict.py --help
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+import sst
+from sst.config import pair, positive
+from sst.errors import InputError
+from sst.export import export
+from sst.parser import MAX_SIDE, pixels
+from sst.plots import indexed, overlay, scaled, side_by_side
+
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def arguments():
+    p = argparse.ArgumentParser("predict.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+        "Parse people in photos with a trained network. Each photo gets, for every label domain,\n"
+        "  NAME.DOMAIN.png          its label map at the photo's size, class ids as palette indices\n"
+        "  NAME.DOMAIN.overlay.jpg  the photo under the classes' colours, with their names\n"
+        "and NAME.all.jpg, all domains side by side. NAME is the photo's path below the given folder, without its ending. Photos\n"
+        "that differ in the ending alone keep it (a.jpg.DOMAIN.png); where photos below two given folders have the same name, all\n"
+        "names start at the folder that holds both.\n\n"
+        "  python predict.py runs/universal photo.jpg folder/ --out predictions\n"
+        "  python predict.py runs/universal --export parser.onnx"))
+    p.add_argument("model", metavar="RUN_DIR|model.pt", help="a run's folder, its model.pt or its best.pt")
+    p.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER", help="photos, and folders that are searched for them with their "
+                   f"sub-folders ({', '.join(PHOTO_ENDINGS)}; hidden files and --out are left out)")
+    p.add_argument("--out", metavar="DIR", help="folder for the results; earlier results of the same name are replaced")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--size", type=pair, metavar="HxW", help="fit the whole photo into this size for the network (default: the --size "
+                   "of the run, from the config.json beside model.pt)")
+    g.add_argument("--max-side", type=positive, metavar="N", help="instead, the photo's own size, shrunk to at most N pixels on its longer "
+                   f"side (default where the run has no --size: {MAX_SIDE})")
+    p.add_argument("--export", metavar="FILE", help="write the network as ONNX; needs the packages onnx and onnxscript")
+    return p
+
+
+def main():
+    args = arguments().parse_intermixed_args()
+    if not args.photos and not args.export:
+        raise InputError("nothing to do; give photos or folders of photos, or --export FILE.onnx")
+    if args.photos and not args.out:
+        raise InputError("--out is missing; give the folder that the results go to")
+    photos = find_photos(args.photos, args.out) if args.photos else {}
+    parser = sst.load(args.model, args.size, args.max_side)
+    print("label domains: " + ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values()))
+    if args.export:
+        export(parser.net, parser.domains, args.export)
+        print(f"wrote {args.export}")
+    if not photos:
+        return
+    origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"
+    print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
+          f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
+    given = {str(photo) for photo in photos.values()}
+    for name, photo in photos.items():
+        for ending in [".all.jpg", *(f".{domain}{ending}" for domain in parser.domains for ending in (".png", ".overlay.jpg"))]:
+            if os.path.abspath(f"{args.out}/{name}{ending}") in given:
+                raise InputError(f"--out {args.out}: a result of {photo} would replace the given photo {name}{ending}; give another "
+                                 f"folder")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise unwritable(args.out, error) from None
+
+    failed = 0
+    for i, (name, photo) in enumerate(photos.items(), 1):
+        started = time.time()
+        try:
+            image = pixels(photo)
+        except InputError as error:
+            failed += 1
+            print(f"{i}/{len(photos)}  {error}; skipped", file=sys.stderr, flush=True)
+            continue
+        masks = parser(image)
+        try:
+            save(image, masks, parser.domains, Path(args.out) / name)
+        except OSError as error:
+            raise unwritable(args.out, error) from None
+        print(f"{i}/{len(photos)}  {photo}  {image.shape[1]}x{image.shape[0]}  {time.time() - started:.1f} s", flush=True)
+    print(f"results of {len(photos) - failed} photos are in {args.out}")
+    if failed:
+        raise InputError(f"{failed} of {len(photos)} photos could not be read and were skipped, see above")
+
+
+def unwritable(out, error):
+    return InputError(f"--out {out}: cannot be written ({error.strerror or error}); give a folder of yours, on a disk with space left")
+
+
+def find_photos(given, out):
+    """{NAME of the results: path of the photo}, in the order given; folders are searched. Raises InputError."""
+    out = Path(os.path.abspath(out))
+    found = {}  # {photo: the folder that its NAME starts at}
+    for path in given:
+        path = Path(os.path.abspath(path))
+        if path == out:
+            raise InputError(f"--out {out}: is a folder of photos, and a second run would take the results for photos; give another folder")
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in PHOTO_ENDINGS and p.is_file()
+                      and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                      and not (path in out.parents and out in p.parents)]
+            if not inside:
+                raise InputError(f"{path}: no photo in this folder ({', '.join(PHOTO_ENDINGS)}); give photos or a folder that holds some")
+            for photo in inside:
+                found.setdefault(photo, path)
+        elif path.exists():
+            found.setdefault(path, path.parent)
+        else:
+            raise InputError(f"{path}: no such file or folder; give photos or folders of photos")
+    names = [photo.relative_to(folder) for photo, folder in found.items()]
+    if len(set(names)) < len(names):
+        shared = os.path.commonpath(found.values())
+        names = [photo.relative_to(shared) for photo in found]
+    taken = Counter(names) + Counter(name.with_suffix("") for name in names)
+    return {name if taken[name.with_suffix("")] > 1 else name.with_suffix(""): photo for name, photo in zip(names, found)}
+
+
+def save(image, masks, domains, path):
+    """The files of one photo, whose names begin with `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, mask in masks.items():
+        indexed(mask, domains[name]).save(f"{path}.{name}.png")
+    picture, labels = scaled(image, masks, min(max(640, *image.shape), 1600))
+    for name, label in labels.items():
+        Image.fromarray(overlay(picture, label, domains[name])).save(f"{path}.{name}.overlay.jpg", quality=90)
+    picture, labels = scaled(picture, labels, 640)
+    row = [picture, *(overlay(picture, label, domains[name]) for name, label in labels.items())]
+    Image.fromarray(side_by_side(row)).save(f"{path}.all.jpg", quality=90)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"predict.py: {error}")

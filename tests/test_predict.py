@@ -1,0 +1,327 @@
+"""predict.py and sst.load: label maps at the photo's size, files that cannot overwrite each other, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import predict
+import sst
+from sst.checkpoint import model_content, save
+from sst.domains import LabelDomain, builtin_domain
+from sst.errors import InputError
+from sst.export import export
+from sst.inference import photo_logits
+from sst.model import Arch, ParsingNet
+from sst.parser import label_map, pixels
+from sst.plots import colour_table, overlay
+
+ROOT = Path(__file__).parent.parent
+TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=64, heads=2, layers=1, ffn=32, window=4)
+DOMAINS = [builtin_domain("pascal"), LabelDomain("mine", ("background", "hat", "shoe"))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model.pt of random weights whose predictions hold several classes."""
+    torch.manual_seed(0)
+    net = ParsingNet(DOMAINS, TINY)
+    for head in net.heads.values():
+        torch.nn.init.normal_(head.weight)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save(model_content(net, DOMAINS), path)
+    return path
+
+
+def photo(h, w, seed=0):
+    """Coloured spots, (h, w, 3) uint8."""
+    spots = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return np.array(Image.fromarray(spots).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    predict.main()
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def results(*names):
+    return sorted(f"{name}{ending}" for name in names
+                  for ending in (".all.jpg", ".mine.overlay.jpg", ".mine.png", ".pascal.overlay.jpg", ".pascal.png"))
+
+
+# In Python -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)), ({"max_side": 40}, (24, 40))])
+def test_label_maps_are_the_classes_of_the_logits_that_validation_scores(model, options, size):
+    image = photo(60, 100)
+    parser = sst.load(model, **options)
+    masks = parser(image)
+    assert list(masks) == list(parser.domains) == ["pascal", "mine"] and parser.domains["mine"].classes == DOMAINS[1].classes
+    for name, logits in photo_logits(parser.net, image, size).items():
+        assert masks[name].shape == (60, 100) and masks[name].dtype == np.uint8
+        assert (masks[name] == logits.argmax(0).numpy()).all() and len(np.unique(masks[name])) > 1
+
+
+@pytest.mark.parametrize("h, w", [(70, 90), (7, 5), (41, 300)])
+def test_the_argmax_in_strips_is_the_argmax_of_the_resized_logits(monkeypatch, h, w):
+    torch.manual_seed(1)
+    A = torch.randn(5, 20, 30)
+    whole = F.interpolate(A[None], size=(h, w), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+    for strip in (1, 3 * 5 * w, 10 ** 9):  # one row, three rows, all at once
+        monkeypatch.setattr("sst.parser.STRIP", strip)
+        assert (label_map(A, h, w) == whole).all()
+
+
+def test_no_strip_holds_many_logits(monkeypatch):
+    sizes, interpolate = [], F.interpolate
+    def spy(x, size, **how):
+        sizes.append(x.shape[1] * size[0] * size[1])
+        return interpolate(x, size, **how)
+    monkeypatch.setattr(F, "interpolate", spy)
+    label_map(torch.rand(30, 6, 8), 1200, 1600)  # 58 million logits
+    assert max(sizes) <= 2 ** 20 and sum(sizes) == 30 * 1200 * 1600
+
+
+def test_a_path_a_pil_image_and_an_array_give_the_same(model, tmp_path):
+    Image.fromarray(photo(50, 40)).save(tmp_path / "a.png")
+    parser = sst.load(str(model))
+    expected = parser(photo(50, 40))
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
+        masks = parser(image)
+        assert all((masks[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("orientation, turned", [
+    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, lambda a: a.swapaxes(0, 1)),
+    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90), (9, lambda a: a)])
+def test_exif_rotation_is_carried_out(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(photo(30, 50)).save(tmp_path / name, exif=exif)
+        for image in (tmp_path / name, Image.open(tmp_path / name)):
+            assert np.array_equal(pixels(image), turned(photo(30, 50)))
+    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - turned(photo(30, 50))).max() < 20
+
+
+def test_exif_nonsense_does_not_matter(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    nonsense = bytearray(exif.tobytes())
+    nonsense[17] = 3  # the maker's name as whole numbers
+    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=bytes(nonsense))
+    assert pixels(tmp_path / "a.jpg").shape == (50, 30, 3)
+
+
+def test_photos_of_any_mode(model, tmp_path):
+    parser = sst.load(model)
+    grey = np.arange(40 * 48).reshape(40, 48) // 8 % 256
+    as_rgb = parser(np.repeat(grey[..., None], 3, axis=2).astype(np.uint8))
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "L.png")
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16.png")
+    for image in ("L.png", "16.png"):
+        assert (parser(tmp_path / image)["pascal"] == as_rgb["pascal"]).all()
+    colour = Image.fromarray(photo(40, 48))
+    colour.convert("RGBA").save(tmp_path / "RGBA.png")
+    assert (parser(tmp_path / "RGBA.png")["pascal"] == parser(colour)["pascal"]).all()
+    for mode, ending in (("CMYK", "jpg"), ("P", "png"), ("1", "png")):
+        colour.convert(mode).save(tmp_path / f"{mode}.{ending}")
+        assert parser(tmp_path / f"{mode}.{ending}")["mine"].shape == (40, 48)
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (2, 700), (33, 1)])
+def test_photos_of_a_few_pixels(model, h, w):
+    assert sst.load(model, max_side=100)(photo(h, w))["pascal"].shape == (h, w)
+
+
+@pytest.mark.parametrize("image, message", [
+    (np.zeros((4, 5, 3), np.float32), r"shape \(4, 5, 3\), float32; give \(h, w, 3\) uint8"),
+    (np.zeros((4, 5), np.uint8), r"shape \(4, 5\), uint8"), (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
+    (torch.zeros(3, 4, 5), "of type Tensor; give a path"), ("none.jpg", "none.jpg: not a readable photo .*No such file"),
+])
+def test_what_is_no_photo_is_refused(model, image, message):
+    with pytest.raises(InputError, match=message):
+        sst.load(model)(image)
+
+
+def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
+    (tmp_path / "model.pt").write_bytes(model.read_bytes())
+    assert sst.load(tmp_path).size is None and sst.load(tmp_path).max_side == 1024
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"size": [96, 64], "crop": [32, 32]}))
+    assert sst.load(tmp_path).size == sst.load(tmp_path / "model.pt").size == (96, 64)
+    assert sst.load(tmp_path, size=(32, 48)).size == (32, 48)
+    parser = sst.load(tmp_path, max_side=50)
+    assert parser.size is None and parser.max_side == 50
+    config.write_text('{"size": null}')
+    assert sst.load(tmp_path).size is None
+    for text, message in (('{"size": 96}', "config.json: size is 96; it must be height and width"),
+                          ("{", "config.json: not the settings of a run"), ("[]", "config.json: not the settings of a run")):
+        config.write_text(text)
+        with pytest.raises(InputError, match=message):
+            sst.load(tmp_path)
+        assert sst.load(tmp_path, max_side=50).size is None, "a size that is given makes the file needless"
+    with pytest.raises(InputError, match="give one of them"):
+        sst.load(model, size=(32, 32), max_side=50)
+    with pytest.raises(InputError, match=r"size is 512; it must be"):
+        sst.load(model, size=512)
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.parser' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_pyproject_asks_for_what_requirements_txt_does():
+    text = (ROOT / "pyproject.toml").read_text()
+    wanted = [line for line in (ROOT / "requirements.txt").read_text().split() if line != "pytest"]
+    assert [line for line in wanted if f'    "{line}",\n' not in text] == []
+
+
+# The command -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_mirrored_and_every_photo_gets_its_files(model, tmp_path, monkeypatch, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "new" / "out"
+    (photos / "sub").mkdir(parents=True)
+    Image.fromarray(photo(40, 60, 1)).save(photos / "a.png")
+    Image.fromarray(photo(50, 30, 2)).save(photos / "sub" / "a.1.JPG")
+    (photos / "notes.txt").write_text("no photo by its ending")
+    (photos / "._a.png").write_text("no photo, what a Mac leaves on foreign disks")
+    run(monkeypatch, model, photos, "--out", out)
+    assert files(out) == results("a", "sub/a.1")
+    printed = capsys.readouterr().out
+    assert "photos keep their size, up to 1024 pixels" in printed and "1/2  " in printed and "2/2  " in printed
+    parser = sst.load(model)
+    for name, source, size in (("a", "a.png", (60, 40)), ("sub/a.1", "sub/a.1.JPG", (30, 50))):
+        for domain, mask in parser(photos / source).items():
+            with Image.open(f"{out}/{name}.{domain}.png") as image:
+                assert image.mode == "P" and image.size == size and (np.array(image) == mask).all()
+                colours = np.array(image.convert("RGB"))
+            assert (colours == parser.domains[domain].palette()[mask]).all()
+
+
+def test_pictures_show_the_photo_under_the_colours_of_its_classes():
+    image, label = np.full((600, 80, 3), 200, np.uint8), np.zeros((600, 80), np.uint8)
+    label[:300, :40] = 2
+    picture = overlay(image, label, DOMAINS[0])
+    assert picture.shape[0] == 600 and picture.shape[1] > 150, "the legend is on the right"
+    assert (picture[300:, :80] == 200).all() and (picture[:, 40:80] == 200).all(), "the background stays"
+    torso = DOMAINS[0].palette()[2].astype(int)
+    assert abs(picture[:300, :40] - (0.4 * 200 + 0.6 * torso)).max() <= 1
+    legend = picture[:, 80:]
+    swatches = [tuple(colour) for colour in DOMAINS[0].palette()[1:].tolist()]
+    rows = [np.flatnonzero((legend == colour).all(-1).any(1)).mean() for colour in swatches]
+    assert rows == sorted(rows) and np.ptp(np.diff(rows)) == 0, "one swatch a class, one below the other"
+    black = np.flatnonzero((legend[:, 30:] == 0).all(-1).any(1))
+    assert abs(black[black > 20].mean() - rows[1]) < 3, "only the name of the class that is there is black"
+    assert overlay(image[:20], label[:20], DOMAINS[0]).shape[0] > 100, "a low photo does not cut its legend"
+
+
+def test_pictures_are_of_a_size_for_the_screen(model, tmp_path, monkeypatch):
+    for name, size in (("small", (20, 40)), ("middle", (300, 900)), ("large", (1000, 2400))):
+        Image.fromarray(photo(*size)).save(tmp_path / f"{name}.jpg")
+        run(monkeypatch, model, tmp_path / f"{name}.jpg", "--out", tmp_path / "out", "--max-side", 64)
+    widths = {name: Image.open(tmp_path / "out" / f"{name}.pascal.overlay.jpg").width for name in ("small", "middle", "large")}
+    legend = widths["small"] - 640
+    assert 80 < legend < 200 and widths == {"small": 640 + legend, "middle": 900 + legend, "large": 1600 + legend}
+    assert Image.open(tmp_path / "out" / "large.pascal.png").size == (2400, 1000)
+    assert Image.open(tmp_path / "out" / "large.all.jpg").width > 3 * 640
+
+
+def test_ids_that_are_no_class_are_grey_in_the_palette():
+    table = colour_table(DOMAINS[1])
+    assert (table[:3] == DOMAINS[1].palette()).all() and (table[3:] == 128).all()
+
+
+def test_equal_stems_and_equal_names_keep_apart(model, tmp_path, monkeypatch):
+    for i, name in enumerate(("one/a.jpg", "one/a.png", "one/a.jpg.png", "one/b.jpg", "two/b.jpg")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(photo(20, 20 + i)).save(tmp_path / name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(monkeypatch, model, one, "--out", tmp_path / "1")
+    assert files(tmp_path / "1") == results("a.jpg", "a.png", "a.jpg.png", "b")
+    run(monkeypatch, model, two, one / "a.png", "--out", tmp_path / "2")
+    assert files(tmp_path / "2") == results("a", "b"), "no two are equal here, so names start at what was given"
+    run(monkeypatch, model, one, two, one / "b.jpg", "--out", tmp_path / "3")
+    assert files(tmp_path / "3") == results("one/a.jpg", "one/a.png", "one/a.jpg.png", "one/b", "two/b")
+    for i, name in enumerate(("one/a.jpg", "one/a.png", "one/a.jpg.png", "one/b", "two/b")):
+        assert Image.open(tmp_path / "3" / f"{name}.mine.png").width == 20 + i
+
+
+def test_results_below_the_photos_are_not_taken_for_photos(model, tmp_path, monkeypatch):
+    Image.fromarray(photo(20, 20)).save(tmp_path / "a.png")
+    for _ in range(2):
+        run(monkeypatch, model, tmp_path, "--out", tmp_path / "out")
+    assert files(tmp_path / "out") == results("a")
+
+
+def test_a_broken_photo_is_named_and_skipped_and_the_rest_done(model, tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        Image.fromarray(photo(64, 64)).save(photos / name)
+    (photos / "a.jpg").write_text("no photo at all")
+    (photos / "b.jpg").write_bytes((photos / "c.jpg").read_bytes()[:-300])
+    with pytest.raises(InputError, match="2 of 3 photos could not be read and were skipped"):
+        run(monkeypatch, model, photos, "--out", tmp_path / "out")
+    assert files(tmp_path / "out") == results("c")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "a.jpg: not a readable photo" in said[0] and "b.jpg: not a readable photo" in said[1]
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_1(model, tmp_path):
+    (tmp_path / "a.jpg").write_text("no photo")
+    command = [sys.executable, str(ROOT / "predict.py"), str(model), "--out", "out", "a.jpg"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "predict.py: 1 of 1 photos could not be read and were skipped, see above"
+
+
+def test_refused_before_any_photo_is_read(model, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    (photos / "empty").mkdir(parents=True)
+    Image.fromarray(photo(20, 20)).save(photos / "a.png")
+    Image.fromarray(photo(20, 20)).save(photos / "a.mine.png")
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+            ([], "nothing to do; give photos"),
+            ([photos], "--out is missing"),
+            ([photos, tmp_path / "none.jpg", "--out", tmp_path / "out"], "none.jpg: no such file or folder"),
+            ([photos / "empty", "--out", tmp_path / "out"], r"empty: no photo in this folder \(.jpg"),
+            ([photos, "--out", photos], "--out .*photos: is a folder of photos"),
+            ([photos / "a.png", photos / "a.mine.png", "--out", photos], r"a result of .*a.png would replace the given photo a.mine.png"),
+            ([photos, "--out", tmp_path / "file" / "out"], r"file/out: cannot be written \(Not a directory\)"),
+            ([photos, "--out", tmp_path / "file"], r"file: cannot be written \(File exists\)")):
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, model, *arguments)
+    assert files(tmp_path) == ["file", "photos/a.mine.png", "photos/a.png"], "nothing was written"
+    with pytest.raises(InputError, match="no such file; give a model.pt or best.pt"):
+        run(monkeypatch, tmp_path, photos, "--out", tmp_path / "out")
+
+
+def test_export_says_what_it_lacks(model, tmp_path, monkeypatch):
+    net, domains = sst.load(model).net, sst.load(model).domains
+    with pytest.raises(InputError, match="--export .*none/p.onnx: the folder .*none does not exist"):
+        run(monkeypatch, model, "--export", tmp_path / "none" / "p.onnx")
+    for package in ("onnx", "onnxscript"):
+        with monkeypatch.context() as m:
+            m.setitem(sys.modules, "onnx", sys.modules.get("onnx", sys))  # there, wherever the tests run
+            m.setitem(sys.modules, package, None)
+            with pytest.raises(InputError, match=f"--export needs the package {package}, .*pip install onnx onnxscript"):
+                export(net, domains, tmp_path / "p.onnx")
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(InputError, match="--export needs PyTorch 2.8 or newer, this is 2.7.1"):
+        export(net, domains, tmp_path / "p.onnx")
