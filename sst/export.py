@@ -23,6 +23,8 @@ def export(net, domains, path):
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"--export {path}: the folder {path.parent} does not exist; make it first")
+    if "image" in domains:
+        raise InputError("--export: a label domain is called 'image', as the network's input is; train it under another name")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
         raise InputError(f"--export needs PyTorch 2.8 or newer, this is {torch.__version__}; run: pip install 'torch>=2.8,<2.14'")
     try:

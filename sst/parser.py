@@ -1,6 +1,5 @@
 """A trained network on photos, in three lines: import sst; parser = sst.load("model.pt"); masks = parser("photo.jpg")."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .batches import fit
-from .checkpoint import load_model
+from .checkpoint import load_model, trained_size
 from .data import one_line, rgb
 from .errors import InputError
 
@@ -40,7 +39,7 @@ class Parser:
         self.net = net.to(device)
         self.domains = {domain.name: domain for domain in domains}
         if size is None and max_side is None:
-            size = run_size(path.parent / "config.json")
+            size = trained_size(path)
         self.size = None if size is None else checked_size(size, "size")
         self.max_side = max_side or MAX_SIDE
 
@@ -105,18 +104,6 @@ def upright(image):
     image.load()  # of a TIFF this carries the tag out and removes it
     turn = TURNS.get(image.getexif().get(ORIENTATION))
     return image if turn is None else image.transpose(turn)
-
-
-def run_size(config):
-    """(H, W) that the run of this config.json fitted photos into; None where there is no such file or it names no size."""
-    if not config.is_file():
-        return None
-    try:
-        size = json.loads(config.read_text()).get("size")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{config}: not the settings of a run ({one_line(error)}); give --size or --max-side, or move the file "
-                         f"away") from None
-    return None if size is None else checked_size(size, f"{config}: size")
 
 
 def checked_size(size, where):

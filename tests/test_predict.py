@@ -167,7 +167,7 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
     assert parser.size is None and parser.max_side == 50
     config.write_text('{"size": null}')
     assert sst.load(tmp_path).size is None
-    for text, message in (('{"size": 96}', "config.json: size is 96; it must be height and width"),
+    for text, message in (('{"size": 96}', "config.json: not the settings of a run"),
                           ("{", "config.json: not the settings of a run"), ("[]", "config.json: not the settings of a run")):
         config.write_text(text)
         with pytest.raises(InputError, match=message):
