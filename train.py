@@ -27,7 +27,7 @@ from sst.losses import L_d, L_u
 from sst.metrics import scores
 from sst.modules import row_cosine
 from sst.plots import save_curves, save_samples
-from sst.scenarios import build, inherit
+from sst.scenarios import build, build_sst, inherit
 
 
 def parameter_groups(model, config):
@@ -47,8 +47,10 @@ def main():
     if config["mode"] == "dedicated" and not config["resume"]:
         config["out"] = distributed.agree(str(settings.free_folder(config)))  # both steps write into it
     stages = settings.stages(config)
-    for stage in stages:
-        open_data(stage)  # a wrong list of the second step is found before the first
+    # What is wrong with the second step's data or masks is found before the first.
+    domains = [[dataset.domain for dataset in open_data(stage)[0]] for stage in stages]
+    if len(stages) == 2:
+        build_sst(stages[1], domains[1], 8, sources=domains[0])
     for stage in stages:
         train(stage, rank, world, device)
     distributed.stop()

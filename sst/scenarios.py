@@ -84,15 +84,21 @@ def build(config, domains, origin=None):
         else:
             net.backbone.load_imagenet(config["backbone_weights"])
     torch.manual_seed(config["seed"] + 1)
-    options = {key: config[key] for key in ("intra_mask", "connect", "regions")} | {"aux": config["beta"] > 0}
     if config["mode"] == "dedicated":
-        return dedicated(config, domains, origin, net, options)
-    scr = config["scr"] if config["lam"] > 0 and len(domains) > 1 else "none"
-    sst = SST(domains, net.arch.dim, scr=scr, **options) if options["aux"] or scr != "none" else None
-    return Universal(net, sst)
+        return dedicated(config, domains, origin, net)
+    return Universal(net, build_sst(config, domains, net.arch.dim))
 
 
-def dedicated(config, domains, origin, net, options):
+def build_sst(config, domains, dim, sources=()):
+    """The SST that a run's flags ask for, or None; raises InputError where a domain lacks what its masks are made of."""
+    aux = config["beta"] > 0
+    scr = config["scr"] if config["lam"] > 0 and (sources or len(domains) > 1) else "none"
+    if not aux and scr == "none":
+        return None
+    return SST(domains, dim, config["intra_mask"], scr, config["connect"], aux, config["regions"], sources=sources)
+
+
+def dedicated(config, domains, origin, net):
     path = f"{config['source_checkpoint']}/last.pt"
     sources = domains_of(origin, path)
     for d in domains:
@@ -102,15 +108,16 @@ def dedicated(config, domains, origin, net, options):
     # The network starts as a copy of the source's, with a new head.
     weights = {key: value for key, value in origin["weights"].items() if key.startswith("net.")}
     net.load_state_dict({key: weights.get(f"net.{key}", value) for key, value in net.state_dict().items()})
-    if config["lam"] == 0 or config["scr"] == "none":  # nothing to be consistent with: plain fine-tuning, with or without L_aux
-        return Universal(net, SST(domains, net.arch.dim, scr="none", **options) if options["aux"] else None)
+    sst = build_sst(config, domains, net.arch.dim, sources)
+    if sst is None or not sst.pairs:  # nothing to be consistent with: plain fine-tuning, with or without L_aux
+        return Universal(net, sst)
     weights |= {key: value for key, value in origin["weights"].items() if key.startswith(("sst.msa.", "sst.mse."))}
     if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
         raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam {config['lam']:g} needs; give the folder of a run "
                          f"that has them, or --lam 0")
     source = Universal(from_spec(origin["arch"], sources, path), SST(sources, net.arch.dim, origin["config"]["intra_mask"], scr="none"))
     load_weights(source, weights, path)
-    return Dedicated(net, SST(domains, net.arch.dim, scr=config["scr"], sources=sources, **options), source)
+    return Dedicated(net, sst, source)
 
 
 def domains_of(content, path):

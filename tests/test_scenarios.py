@@ -218,6 +218,24 @@ def test_one_sentence_for_scenarios_that_make_no_sense(tmp_path, monkeypatch, fl
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
+def test_a_target_without_adjacency_is_refused_before_the_source_is_trained(tmp_path, monkeypatch):
+    from PIL import Image
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images/a.jpg")
+    Image.new("L", (40, 40)).save(tmp_path / "labels/a.png")
+    (tmp_path / "train_id.txt").write_text("a\n"), (tmp_path / "val_id.txt").write_text("a\n")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "classes": ["background", "face"]}
+                                                          | ({"adjacency": []} if name == "one" else {})))
+    flags = ["--mode", "dedicated", "--preset", "small", *STEPS, "--source", f"one={tmp_path / 'one.json'}", "--target",
+             f"two={tmp_path / 'two.json'}", "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match="domain 'two' says nothing of which classes touch"):
+        run(*flags)
+    assert not (tmp_path / "out").exists()
+    run(*flags, "--intra-mask", "none")
+
+
 def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
