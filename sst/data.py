@@ -205,9 +205,9 @@ def open_datasets(specs, split):
     for spec in specs:
         name, equals, path = spec.partition("=")
         if not (name and equals and path):
-            raise InputError(f"--data {spec}: write NAME=PATH, such as pascal=DIR; built-in names are {', '.join(BUILTIN)}")
+            raise InputError(f"{spec}: write NAME=PATH, such as pascal=DIR; built-in names are {', '.join(BUILTIN)}")
         if name in seen:
-            raise InputError(f"--data names '{name}' twice ({seen[name]} and {path}); give every label domain once")
+            raise InputError(f"label domain '{name}' is given twice ({seen[name]} and {path}); give every one once")
         seen[name] = path
     return [open_dataset(name, path, split) for name, path in seen.items()]
 

@@ -182,7 +182,7 @@ def test_an_empty_list(tmp_path):
 
 def test_the_same_domain_twice_an_unknown_one_and_no_path(tmp_path):
     root = pascal(tmp_path)
-    says("names 'pascal' twice", lambda: open_datasets([f"pascal={root}", f"pascal={root}"], "train"))
+    says("label domain 'pascal' is given twice", lambda: open_datasets([f"pascal={root}", f"pascal={root}"], "train"))
     says("unknown label domain 'coco'; built in are", lambda: open_datasets([f"coco={root}"], "train"))
     says("write NAME=PATH", lambda: open_datasets(["pascal"], "train"))
 
