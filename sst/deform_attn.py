@@ -2,21 +2,28 @@
 
 Ordinary attention lets a query look at every pixel. A deformable query looks at P points on each of L maps, at places that
 it chooses itself. A place between pixels is read bilinearly, from four pixels. So a query's answer is a weighted sum of 4LP
-rows of the value matrix, out of thousands: attention with a sparse matrix.
+rows of the value matrix, out of thousands: attention with a sparse matrix. Two bodies compute it in plain PyTorch:
+`sparse_product` builds that matrix and multiplies, `grid_sample` reads the maps as images. They agree to round-off.
 """
+
+import os
+import warnings
 
 import torch
 import torch.nn.functional as F
 
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-def deform_attn(value, shapes, locations, weights):
+
+def deform_attn(value, shapes, locations, weights, backend="auto"):
     """Sum over levels and points of weights * (value at locations, read bilinearly; zero outside the map).
 
     value:     (B, S, M, D/M) rows of all levels, one after another; S = sum of H*W; M heads.
     shapes:    [(H_1, W_1), ...] of the L levels.
     locations: (B, Q, M, L, P, 2), x then y; [0, 1] spans a map from outer edge to outer edge, pixel centres at (i + 0.5)/W.
     weights:   (B, Q, M, L, P).
-    Returns (B, Q, D). Raises ValueError for shapes that do not belong together.
+    backend:   "sparse", "grid_sample", or "auto" for the fastest that can run; the environment's SST_DEFORM_ATTN replaces "auto".
+    Returns (B, Q, D). Raises ValueError for shapes that do not belong together and backends that are none.
     """
     B, S, M, d = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
@@ -24,15 +31,120 @@ def deform_attn(value, shapes, locations, weights):
         raise ValueError(f"deform_attn: value {tuple(value.shape)}, shapes {list(shapes)}, locations {tuple(locations.shape)} and "
                          f"weights {tuple(weights.shape)} do not fit (B, S, M, D/M), L x (H, W) with S = sum of H*W, "
                          f"(B, Q, M, L, P, 2), (B, Q, M, L, P)")
-    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
     # Sampling places must not be rounded to bfloat16 under autocast: it would move them by a tenth of a pixel and more.
-    precise = torch.promote_types(value.dtype, grid.dtype)
+    precise = torch.promote_types(value.dtype, locations.dtype)
+    with torch.autocast(value.device.type, enabled=False):
+        out = body(value, backend)(value.to(precise), shapes, locations.to(precise), weights.to(precise))
+    return out.to(value.dtype)
+
+
+def body(value, backend="auto"):
+    """The function behind a backend's name: the one place where it is chosen."""
+    bodies = {"sparse": sparse_product, "grid_sample": grid_sample}
+    if backend == "auto":
+        backend = os.environ.get("SST_DEFORM_ATTN", "auto")
+    if backend == "auto":
+        # PyTorch multiplies sparse matrices by MKL, eagerly: a compiled or exported graph cannot hold them.
+        sparse = value.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
+        backend = "sparse" if sparse else "grid_sample"
+    if backend not in bodies:
+        raise ValueError(f"deform_attn: the backend is {backend!r}; it is one of auto, {', '.join(bodies)}")
+    return bodies[backend]
+
+
+def grid_sample(value, shapes, locations, weights):
+    """Every map an image, every head a batch entry, read at the locations: (B*M, D/M, Q, L*P) samples, then their weighted sum."""
+    B, S, M, d = value.shape
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    grid = 2 * locations - 1  # grid_sample counts from -1 to 1
     samples = []
     for l, (rows, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes)):
-        image = rows.permute(0, 2, 3, 1).reshape(B * M, d, h, w).to(precise)
-        samples.append(F.grid_sample(image, grid[:, :, :, l].transpose(1, 2).flatten(0, 1).to(precise),
-                                     mode="bilinear", padding_mode="zeros", align_corners=False))  # (B*M, d, Q, P)
+        image = rows.permute(0, 2, 3, 1).reshape(B * M, d, h, w)
+        samples.append(F.grid_sample(image, grid[:, :, :, l].transpose(1, 2).flatten(0, 1), mode="bilinear", padding_mode="zeros",
+                                     align_corners=False))  # (B*M, d, Q, P)
     samples = torch.stack(samples, dim=3).flatten(3)  # (B*M, d, Q, L*P)
     weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
     out = (samples * weights).sum(-1)  # (B*M, d, Q)
-    return out.view(B, M * d, Q).transpose(1, 2).to(value.dtype)
+    return out.view(B, M * d, Q).transpose(1, 2)
+
+
+def sparse_product(value, shapes, locations, weights):
+    """A V: V the values as a matrix, and A with a row per (image, query, head) that has 4LP entries, four pixels for each sample."""
+    B, S, M, d = value.shape
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    # Each map gets a frame of zeros, one pixel wide. What lies outside falls onto it, so nothing asks where a pixel is.
+    maps = [F.pad(rows.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)) for rows, shape in
+            zip(value.split([h * w for h, w in shapes], dim=1), shapes)]  # (B, h + 2, w + 2, M, d)
+    V = torch.cat([m.flatten(1, 2) for m in maps], dim=1)  # (B, N, M, d)
+    N, integer = V.shape[1], torch.int32
+
+    # Constants are spelled out along (M, L, P): broadcasting over short last axes is many times slower.
+    def constant(per_level, dtype):
+        return torch.tensor(per_level, dtype=dtype).view(L, 1, -1).expand(M, L, P, -1).contiguous()  # (M, L, P, 1 or 2)
+    size = [[w, h] for h, w in shapes]
+    ones = constant([[1, 1]] * L, locations.dtype)
+    place = torch.addcmul(0.5 * ones, locations, constant(size, locations.dtype))  # in pixels of the framed map, from its first centre
+    place = place.clamp(0 * ones, constant(size, locations.dtype) + 1)
+    corner = place.detach().to(integer).clamp(constant([[0, 0]] * L, integer), constant(size, integer))  # top left of the four; no NaN
+    x, y = (place - corner).unbind(-1)  # 0 to 1 within the square of the four, (B, Q, M, L, P)
+
+    starts = [sum((h + 2) * (w + 2) for h, w in shapes[:l]) for l in range(L)]
+    wide, start = (constant(numbers, integer)[..., 0] for numbers in ([w + 2 for _, w in shapes], starts))
+    first = torch.addcmul(corner[..., 0] + start, corner[..., 1], wide)  # row of the map that the top left pixel is
+    head = torch.arange(M, dtype=integer)[:, None, None].expand(M, L, P)
+    image = torch.arange(0, B * N * M, N * M, dtype=integer)[:, None, None, None, None]
+    first = first * M + head + image  # row of V, which has the heads side by side
+    lower = weights * y
+    upper = weights - lower
+    corners = torch.stack([upper - upper * x, upper * x, lower - lower * x, lower * x], dim=-1)  # the four entries of a sample
+    out = SparseProduct.apply(V.reshape(B * N * M, d), first.view(B * Q * M, L * P), corners.view(B * Q * M, L * P, 4), B, M,
+                              [(h + 2, w + 2) for h, w in shapes])
+    return out.view(B, Q, M * d)
+
+
+class SparseProduct(torch.autograd.Function):
+    """A V and its gradients, where A (R, rows of V) is sparse: row r holds, for each of n samples, four neighbouring pixels.
+
+    V (B*N*M, d): framed maps of the given shapes, N pixels in all. first (R, n) int32: row of V of the top left pixel; its
+    neighbours are M rows, a line of the map, and both, further on. corners (R, n, 4): the entries of A.
+    """
+
+    @staticmethod
+    def forward(ctx, V, first, corners, B, M, shapes):
+        per_level = first.shape[1] // len(shapes)
+        steps = torch.tensor([[0, 1, w, w + 1] for _, w in shapes], dtype=torch.int32) * M
+        columns = first[:, :, None] + steps.repeat_interleave(per_level, dim=0)  # (R, n, 4)
+        starts = torch.arange(0, columns.numel() + 1, columns[0].numel(), dtype=torch.int32)
+        ctx.save_for_backward(V, first, corners, starts, columns)
+        ctx.layout = B, M, shapes
+        return csr(starts, columns, corners, len(V)) @ V
+
+    @staticmethod
+    def backward(ctx, G):
+        V, first, corners, starts, columns = ctx.saved_tensors
+        G, grad_V, grad_corners = G.contiguous(), None, None
+        if ctx.needs_input_grad[2]:  # d/dA: G V^T, where A has entries
+            pattern = csr(starts, columns, torch.zeros_like(corners), len(V))
+            grad_corners = torch.sparse.sampled_addmm(pattern, G, V.t(), beta=0.0).values().view_as(corners)
+        if ctx.needs_input_grad[0]:  # d/dV: A^T G
+            # The four corners of a sample stand in a fixed pattern, so that one sort by the first transposes all of A: four products,
+            # each as if all entries were the top left one, whose results are then moved to where they belong.
+            order = first.flatten().argsort()
+            counts = torch.bincount(first.flatten(), minlength=len(V))
+            starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            rows = torch.div(order, first.shape[1], rounding_mode="floor").to(torch.int32)
+            entries = corners.flatten(0, 1)[order].t().contiguous()  # (4, R*n)
+            B, M, shapes = ctx.layout
+            parts = [(csr(starts, rows, e, len(G)) @ G).view(B, -1, M * V.shape[1]) for e in entries]  # each (B, N, M*d)
+            upper, lower = parts[0], parts[2]
+            upper[:, 1:] += parts[1][:, :-1]
+            lower[:, 1:] += parts[3][:, :-1]
+            for above, below, (_, w) in zip(*(part.split([h * w for h, w in shapes], dim=1) for part in (upper, lower)), shapes):
+                above[:, w:] += below[:, :-w]
+            grad_V = upper.reshape(V.shape)
+        return grad_V, None, grad_corners, None, None, None
+
+
+def csr(starts, columns, entries, width):
+    """A sparse matrix in compressed rows: row r has the entries starts[r] to starts[r + 1]."""
+    return torch.sparse_csr_tensor(starts, columns.flatten(), entries.flatten(), (len(starts) - 1, width), check_invariants=False)

@@ -8,6 +8,15 @@ import torch
 from sst.deform_attn import deform_attn
 
 
+@pytest.fixture(params=["sparse", "grid_sample"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test holds for every body."""
+    if request.param == "sparse" and not torch.backends.mkl.is_available():
+        pytest.skip("PyTorch was built without MKL, which multiplies sparse matrices")
+    monkeypatch.setenv("SST_DEFORM_ATTN", request.param)
+    return request.param
+
+
 def by_definition(value, shapes, locations, weights):
     B, S, M, d = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
@@ -80,3 +89,50 @@ def test_shapes_that_do_not_fit_are_named():
     for bad in ((value, [(3, 3)], locations, weights), (value, shapes, locations, weights[..., :1]), (value, shapes * 2, locations, weights)):
         with pytest.raises(ValueError, match="do not fit"):
             deform_attn(*bad)
+
+
+def test_places_on_centres_edges_and_corners_of_the_frame():
+    """Exactly on a centre, on the outer edge, and one pixel beyond it, where the last pixel's share has just vanished."""
+    shapes = [(2, 3), (1, 1)]
+    value = inputs(shapes)[0][:, :, :1]
+    ticks = torch.tensor([-1.0, -1 / 3, -1 / 6, 0, 1 / 6, 0.5, 5 / 6, 1, 7 / 6, 4 / 3, 9], dtype=torch.float64)
+    places = torch.cartesian_prod(ticks, ticks)[None, :, None, None, None].expand(2, -1, 1, 2, 1, 2)
+    weights = torch.ones(2, len(ticks) ** 2, 1, 2, 1, dtype=torch.float64)
+    torch.testing.assert_close(deform_attn(value, shapes, places, weights), by_definition(value, shapes, places, weights))
+
+
+def test_gradients_of_some_inputs_equal_those_of_all():
+    value, shapes, locations, weights = inputs([(5, 4), (2, 3)])
+    g = torch.randn(2, 5, 6, dtype=torch.float64)
+    every = torch.autograd.grad(deform_attn(*(t.requires_grad_() if torch.is_tensor(t) else t for t in (value, shapes, locations, weights))),
+                                (value, locations, weights), g)
+    for k, t in enumerate((value, locations, weights)):
+        args = [x.detach().requires_grad_(x is t) for x in (value, locations, weights)]
+        torch.testing.assert_close(torch.autograd.grad(deform_attn(args[0], shapes, *args[1:]), args[k], g)[0], every[k])
+
+
+def test_a_place_that_is_not_a_number_breaks_nothing_else():
+    value, shapes, locations, weights = inputs([(3, 4), (2, 2)], B=1)
+    good = deform_attn(value, shapes, locations, weights)
+    locations[0, 2, 1] = torch.nan
+    out = deform_attn(value, shapes, locations, weights).view(1, 5, 2, 3)
+    keep = torch.ones(5, 2, dtype=torch.bool)
+    keep[2, 1] = False
+    assert torch.equal(out[0][keep], good.view(1, 5, 2, 3)[0][keep])
+
+
+def test_the_bodies_agree_in_float32_at_the_size_of_a_photo(backend):
+    value, shapes, locations, weights = inputs([(32, 24), (16, 12), (8, 6)], Q=1008, M=4, d=8, P=4, dtype=torch.float32)
+    g = torch.randn(2, 1008, 32)
+    results = []
+    for name in (backend, "grid_sample"):
+        tensors = [t.detach().requires_grad_() for t in (value, locations, weights)]
+        out = deform_attn(tensors[0], shapes, *tensors[1:], backend=name)
+        results.append([out, *torch.autograd.grad(out, tensors, g)])
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
+
+
+def test_a_backend_that_is_none_is_named():
+    with pytest.raises(ValueError, match="the backend is 'cuda'; it is one of auto, sparse, grid_sample"):
+        deform_attn(*inputs([(3, 4)]), backend="cuda")
