@@ -17,7 +17,7 @@ PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), sc
 SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=3e-3,
                      adam_beta2=0.98, backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
 # The figures vary in size already, and minutes are few: the demo does not resize them, and takes many small steps.
-DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=2700, validations=2)
+DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=2900, validations=2)
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 
