@@ -9,7 +9,6 @@ Rivals run interleaved, in turns, so that a busy machine slows all of them; medi
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -101,10 +100,16 @@ def one_pass(name):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors, call = operator_inputs(device), operators(device)[name]
     G = torch.randn(1, tensors[0].shape[1], 256, device=device)
-    measure = torch.cuda.max_memory_allocated if device.type == "cuda" else lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measure = torch.cuda.max_memory_allocated if device.type == "cuda" else peak_resident
     before = measure()
     torch.autograd.grad(call(*tensors), tensors, G)
     print((measure() - before) / 2 ** 20)
+
+
+def peak_resident():
+    """The most bytes that this process has held so far (Linux; getrusage would count the parent's)."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def bench_network(device, rounds):

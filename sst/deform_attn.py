@@ -73,76 +73,95 @@ def sparse_product(value, shapes, locations, weights):
     B, S, M, d = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
     # Each map gets a frame of zeros, one pixel wide. What lies outside falls onto it, so nothing asks where a pixel is.
-    maps = [F.pad(rows.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)) for rows, shape in
-            zip(value.split([h * w for h, w in shapes], dim=1), shapes)]  # (B, h + 2, w + 2, M, d)
-    V = torch.cat([m.flatten(1, 2) for m in maps], dim=1)  # (B, N, M, d)
-    N, integer = V.shape[1], torch.int32
+    framed = [(h + 2, w + 2) for h, w in shapes]
+    N, integer, real = sum(h * w for h, w in framed), torch.int32, locations.dtype
 
     # Constants are spelled out along (M, L, P): broadcasting over short last axes is many times slower.
-    def constant(per_level, dtype):
-        return torch.tensor(per_level, dtype=dtype).view(L, 1, -1).expand(M, L, P, -1).contiguous()  # (M, L, P, 1 or 2)
-    size = [[w, h] for h, w in shapes]
-    ones = constant([[1, 1]] * L, locations.dtype)
-    place = torch.addcmul(0.5 * ones, locations, constant(size, locations.dtype))  # in pixels of the framed map, from its first centre
-    place = place.clamp(0 * ones, constant(size, locations.dtype) + 1)
-    corner = place.detach().to(integer).clamp(constant([[0, 0]] * L, integer), constant(size, integer))  # top left of the four; no NaN
+    def constant(per_level, dtype=integer):
+        return torch.tensor(per_level, dtype=dtype).view(L, 1, -1).expand(M, L, P, -1).contiguous().squeeze(-1)
+    size, last = constant([[w, h] for h, w in shapes], real), constant([[w + 1, h + 1] for h, w in shapes], real)
+    place = torch.addcmul(torch.full_like(size, 0.5), locations, size)  # in pixels of the framed map, 0 on its first centre
+    place = place.clamp(torch.zeros_like(last), last)
+    corner = place.detach().to(integer)  # top left of the four pixels; a place that is not a number must not lead outside V
+    corner = corner.clamp(torch.zeros_like(corner[0, 0]), constant([[w, h] for h, w in shapes]))
     x, y = (place - corner).unbind(-1)  # 0 to 1 within the square of the four, (B, Q, M, L, P)
 
-    starts = [sum((h + 2) * (w + 2) for h, w in shapes[:l]) for l in range(L)]
-    wide, start = (constant(numbers, integer)[..., 0] for numbers in ([w + 2 for _, w in shapes], starts))
-    first = torch.addcmul(corner[..., 0] + start, corner[..., 1], wide)  # row of the map that the top left pixel is
-    head = torch.arange(M, dtype=integer)[:, None, None].expand(M, L, P)
-    image = torch.arange(0, B * N * M, N * M, dtype=integer)[:, None, None, None, None]
-    first = first * M + head + image  # row of V, which has the heads side by side
+    # The row of V that the top left pixel is: V has the images one below the other, then pixels, then heads.
+    starts = [sum(h * w for h, w in framed[:l]) for l in range(L)]
+    first = constant(starts) * M + torch.arange(M, dtype=integer)[:, None, None]
+    first = first + torch.arange(0, B * N * M, N * M, dtype=integer)[:, None, None, None, None]
+    first = torch.addcmul(first, corner[..., 0], constant([M] * L))
+    first = torch.addcmul(first, corner[..., 1], constant([w * M for _, w in framed]))
+
     lower = weights * y
     upper = weights - lower
-    corners = torch.stack([upper - upper * x, upper * x, lower - lower * x, lower * x], dim=-1)  # the four entries of a sample
-    out = SparseProduct.apply(V.reshape(B * N * M, d), first.view(B * Q * M, L * P), corners.view(B * Q * M, L * P, 4), B, M,
-                              [(h + 2, w + 2) for h, w in shapes])
+    lower_right, upper_right = lower * x, upper * x
+    corners = torch.stack([upper - upper_right, upper_right, lower - lower_right, lower_right], dim=-1)  # the four entries of a sample
+    out = SparseProduct.apply(value, first.view(B * Q * M, L * P), corners.view(B * Q * M, L * P, 4), shapes)
     return out.view(B, Q, M * d)
 
 
 class SparseProduct(torch.autograd.Function):
     """A V and its gradients, where A (R, rows of V) is sparse: row r holds, for each of n samples, four neighbouring pixels.
 
-    V (B*N*M, d): framed maps of the given shapes, N pixels in all. first (R, n) int32: row of V of the top left pixel; its
-    neighbours are M rows, a line of the map, and both, further on. corners (R, n, 4): the entries of A.
+    V is `value` (B, S, M, d), the maps framed: N pixels in all, B*N*M rows of d. first (R, n) int32: row of V of the top left pixel;
+    its neighbours are M rows, a line of the map, and both, further on. corners (R, n, 4): the entries of A.
     """
 
     @staticmethod
-    def forward(ctx, V, first, corners, B, M, shapes):
-        per_level = first.shape[1] // len(shapes)
-        steps = torch.tensor([[0, 1, w, w + 1] for _, w in shapes], dtype=torch.int32) * M
-        columns = first[:, :, None] + steps.repeat_interleave(per_level, dim=0)  # (R, n, 4)
-        starts = torch.arange(0, columns.numel() + 1, columns[0].numel(), dtype=torch.int32)
-        ctx.save_for_backward(V, first, corners, starts, columns)
-        ctx.layout = B, M, shapes
-        return csr(starts, columns, corners, len(V)) @ V
+    def forward(ctx, value, first, corners, shapes):
+        V, M = frame(value, shapes), value.shape[2]
+        samples = first.shape[1] // len(shapes)
+        steps = [[0, M, (w + 2) * M, (w + 3) * M] for _, w in shapes for _ in range(samples)]  # (n, 4)
+        columns = first[:, :, None] + torch.tensor(steps, dtype=torch.int32)  # (R, n, 4)
+        ctx.save_for_backward(V, first, corners, columns)
+        ctx.shapes, ctx.size = shapes, value.shape
+        return equal_rows(columns, corners, len(V)) @ V
 
     @staticmethod
     def backward(ctx, G):
-        V, first, corners, starts, columns = ctx.saved_tensors
-        G, grad_V, grad_corners = G.contiguous(), None, None
+        V, first, corners, columns = ctx.saved_tensors
+        G, grad_value, grad_corners = G.contiguous(), None, None
         if ctx.needs_input_grad[2]:  # d/dA: G V^T, where A has entries
-            pattern = csr(starts, columns, torch.zeros_like(corners), len(V))
+            pattern = equal_rows(columns, torch.zeros_like(corners), len(V))
             grad_corners = torch.sparse.sampled_addmm(pattern, G, V.t(), beta=0.0).values().view_as(corners)
         if ctx.needs_input_grad[0]:  # d/dV: A^T G
             # The four corners of a sample stand in a fixed pattern, so that one sort by the first transposes all of A: four products,
             # each as if all entries were the top left one, whose results are then moved to where they belong.
             order = first.flatten().argsort()
-            counts = torch.bincount(first.flatten(), minlength=len(V))
-            starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            starts = F.pad(torch.bincount(first.flatten(), minlength=len(V)).cumsum(0), (1, 0)).to(torch.int32)
             rows = torch.div(order, first.shape[1], rounding_mode="floor").to(torch.int32)
             entries = corners.flatten(0, 1)[order].t().contiguous()  # (4, R*n)
-            B, M, shapes = ctx.layout
-            parts = [(csr(starts, rows, e, len(G)) @ G).view(B, -1, M * V.shape[1]) for e in entries]  # each (B, N, M*d)
-            upper, lower = parts[0], parts[2]
-            upper[:, 1:] += parts[1][:, :-1]
-            lower[:, 1:] += parts[3][:, :-1]
-            for above, below, (_, w) in zip(*(part.split([h * w for h, w in shapes], dim=1) for part in (upper, lower)), shapes):
-                above[:, w:] += below[:, :-w]
-            grad_V = upper.reshape(V.shape)
-        return grad_V, None, grad_corners, None, None, None
+            B, _, M, d = ctx.size
+            upper, upper_right, lower, lower_right = ((csr(starts, rows, e, len(G)) @ G).view(B, -1, M, d) for e in entries)
+            upper[:, 1:] += upper_right[:, :-1]
+            lower[:, 1:] += lower_right[:, :-1]
+            maps = []
+            for above, below, (h, w) in zip(*(part.split(pixels(ctx.shapes), dim=1) for part in (upper, lower)), ctx.shapes):
+                above[:, w + 2:] += below[:, :-w - 2]
+                maps.append(above.unflatten(1, (h + 2, w + 2))[:, 1:-1, 1:-1].flatten(1, 2))
+            grad_value = torch.cat(maps, dim=1)
+        return grad_value, None, grad_corners, None
+
+
+def pixels(shapes):
+    """Pixels of each framed map."""
+    return [(h + 2) * (w + 2) for h, w in shapes]
+
+
+def frame(value, shapes):
+    """value (B, S, M, d) -> (B*N*M, d), each map with a frame of zeros, one pixel wide."""
+    B, S, M, d = value.shape
+    V = value.new_zeros(B, sum(pixels(shapes)), M, d)
+    for rows, (h, w), inner in zip(V.split(pixels(shapes), dim=1), shapes, value.split([h * w for h, w in shapes], dim=1)):
+        rows.unflatten(1, (h + 2, w + 2))[:, 1:-1, 1:-1] = inner.unflatten(1, (h, w))
+    return V.view(-1, d)
+
+
+def equal_rows(columns, entries, width):
+    """The sparse matrix whose rows have the same number of entries: columns, entries (R, ...)."""
+    starts = torch.arange(0, columns.numel() + 1, columns[0].numel(), dtype=torch.int32)
+    return csr(starts, columns, entries, width)
 
 
 def csr(starts, columns, entries, width):
