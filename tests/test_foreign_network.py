@@ -25,7 +25,8 @@ class Foreign(nn.Module):
 
 
 def test_the_readme_example_trains_a_foreign_network():
-    (example,) = re.findall(r"```python\n(.*?SST\(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    examples = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    (example,) = [code for code in examples if "SST(" in code]
     assert len(example.strip().splitlines()) <= 12
     torch.manual_seed(0)
     net = Foreign()

@@ -103,8 +103,7 @@ def test_X_0_starts_far_from_the_trivial_solution():
     for Z in (2, 7, 20):
         X_0 = MSE(torch.ones(Z, Z), dim=256).X_0.detach()
         assert abs(row_cosine(X_0)) < 1e-3
-        # orthogonal, and rows of length sqrt(D): entries of size 1
-        torch.testing.assert_close(X_0 @ X_0.T, 256 * torch.eye(Z), atol=1e-2, rtol=0)
+        torch.testing.assert_close(X_0 @ X_0.T, 9 * torch.eye(Z), atol=1e-3, rtol=0)  # orthogonal rows of length 3
 
 
 # What is trained
