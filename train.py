@@ -53,6 +53,7 @@ def main():
         build_sst(stages[1], domains[1], 8, sources=domains[0])
     for stage in stages:
         train(stage, rank, world, device)
+        distributed.wait()  # the next step reads what the first process has written
     distributed.stop()
 
 

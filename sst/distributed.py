@@ -1,12 +1,17 @@
 """What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, and one batch norm for all."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .errors import InputError
+
+
+# PyTorch 2.13 renames DistributedDataParallel's broadcast_buffers; 2.6 knows no other name.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
 def start():
@@ -35,6 +40,12 @@ def total(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def agree(value):

@@ -1,12 +1,14 @@
 """Dedicated parsing, and a growing pool of label domains: what is frozen, what is inherited, what is kept."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from test_train import SHORT, lines
+from test_train import ROOT, SHORT, lines
 
 import train
 from sst import checkpoint
@@ -44,6 +46,15 @@ def transfer(tmp_path_factory):
     out = tmp_path_factory.mktemp("transfer") / "run"
     run("--mode", "dedicated", *STEPS, "--source-steps", 1, "--out", out)
     return out
+
+
+def test_both_steps_run_in_two_processes(tmp_path):
+    """The second step waits for what the first process writes at the end of the first step."""
+    flags = ["--mode", "dedicated", *STEPS, "--source-steps", 1, "--out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+                           *map(str, flags)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/model.pt").exists() and (tmp_path / "run/source/last.pt").exists()
 
 
 def last(folder):
