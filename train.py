@@ -115,7 +115,8 @@ def train(config, rank, world, device):
     dropped = sum(p.numel() for p in model.parameters()) - kept
     if inherited:
         say(inherited)
-    say(f"{kept:,} parameters are kept, {dropped:,} {'of SST and the frozen source ' if hasattr(model, 'source') else 'of SST '}are dropped after training; {steps} steps of {K * B} "
+    say(f"{kept:,} parameters are kept, {dropped:,} of SST{' and the frozen source' if hasattr(model, 'source') else ''} are dropped after "
+        f"training; {steps} steps of {K * B} "
         f"images; device {device}, {world} process{'es' if world > 1 else ''}")
 
     wrapped = model

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .domains import BUILTIN, HERE, IGNORE, LabelDomain, builtin_domain, from_dict
+from .domains import BUILTIN, HERE, IGNORE, builtin_domain, from_dict
 from .errors import InputError
 
 # Folders of photos and labels and the list of ids, for each built-in domain; the first layout that is there counts.

@@ -66,8 +66,7 @@ class Dedicated(Universal):
         return self
 
     def forward(self, images, labels, domain):
-        given = self.source.represent(images, labels.long()) if self.sst is not None and self.sst.pairs else None
-        return super().forward(images, labels, domain, given)
+        return super().forward(images, labels, domain, given=self.source.represent(images, labels.long()))
 
 
 def build(config, domains, origin=None):

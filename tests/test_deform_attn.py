@@ -19,7 +19,7 @@ def backend(request, monkeypatch):
 
 def by_definition(value, shapes, locations, weights):
     B, S, M, d = value.shape
-    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    Q, P = locations.shape[1], locations.shape[4]
     out = torch.zeros(B, Q, M, d, dtype=value.dtype)
     for b in range(B):
         for q in range(Q):
