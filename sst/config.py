@@ -117,8 +117,8 @@ def resolve(argv=None):
         preset = preset | dict(epochs=None, steps=None)
     config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
-                           ("backbone_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1),
-                           ("fraction", 1e-9, 1)):
+                           ("backbone_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
+                           ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1)):
         if not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
     if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
