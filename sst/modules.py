@@ -74,7 +74,8 @@ class MSE(nn.Module):
         super().__init__()
         # X_0's rows start orthogonal (where Z <= D): nothing in Eq. 10 stops all rows from sharing one direction, which makes every
         # cosine 1, and rows that start small get there within a few steps. Their length sets the size of A_aux at the start, and
-        # of L_aux's gradient: with rows of length 8 it drowned ten times L_seg's, with length 1 X_0 collapsed.
+        # of L_aux's gradient: in a small network, rows of length 8 made it as large as ten times L_seg's, and rows of length 1 ended
+        # nearly parallel (docs/experiments.md).
         self.X_0 = nn.Parameter(nn.init.orthogonal_(torch.empty(len(intra_mask), dim), gain=3))
         self.f_Q, self.f_K, self.f_V = (nn.ModuleList(linear(dim, dim) for _ in range(layers)) for _ in range(3))
         self.register_buffer("M_intra", intra_mask.float())

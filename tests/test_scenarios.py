@@ -32,7 +32,7 @@ def run(*flags):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A run on the built-in figures in the classes of ATR and CIHP... as universal parsing of all three, with SST."""
+    """Universal parsing of the built-in figures in all three label domains, with SST."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("source") / "run"
     run(*STEPS, "--out", out)
