@@ -59,32 +59,39 @@ class Crops(torch.utils.data.Dataset):
 
     datasets: one per domain. size: (H, W) that photos are fitted into first, or None. crop: (H, W) of the training window.
     scale: range of the random resize.
-    An unusable file is returned as the InputError that names it: raised in a worker it would end in a foreign traceback.
+    An unusable file is returned as the InputError that names it: raised in a worker it would end in a foreign traceback. With
+    `skip_bad` the next sample of the list that can be used takes its place, and a fifth item tells what was wrong.
     """
 
-    def __init__(self, datasets, size, crop, seed, scale=(0.5, 2)):
-        self.datasets, self.size, self.crop, self.seed, self.scale = datasets, size, crop, seed, scale
+    def __init__(self, datasets, size, crop, seed, scale=(0.5, 2), skip_bad=False):
+        self.datasets, self.size, self.crop, self.seed, self.scale, self.skip_bad = datasets, size, crop, seed, scale, skip_bad
 
     def __getitem__(self, key):
         d, epoch, index = key
-        try:
-            image, label = self.datasets[d].load(index)
-        except InputError as error:
-            return error
+        skipped = []
+        while True:
+            try:
+                image, label = self.datasets[d].load(index)
+                break
+            except InputError as error:
+                skipped.append(str(error))
+                if not self.skip_bad or len(skipped) == len(self.datasets[d]):
+                    return error
+                index = (index + 1) % len(self.datasets[d])
         if self.size is not None:
             image, label, _ = fit(image, self.size, label)
         rng = np.random.default_rng((self.seed, d, epoch, index))
         image, label = augment(image, label, rng, self.crop, flip_table(self.datasets[d].domain), self.scale)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), d, self.datasets[d].where(index)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), d, self.datasets[d].where(index), skipped
 
 
 def collate(samples):
-    """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B], names [B]; or the first InputError among them."""
+    """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B], names [B], skipped [...]; or the first InputError among them."""
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
-    images, labels, domain, names = zip(*samples)
-    return torch.stack(images), torch.stack(labels), list(domain), list(names)
+    images, labels, domain, names, skipped = zip(*samples)
+    return torch.stack(images), torch.stack(labels), list(domain), list(names), [what for each in skipped for what in each]
 
 
 def flip_table(domain):

@@ -133,7 +133,7 @@ def test_a_sample_depends_on_its_key_alone():
 
 
 def test_a_batch_has_what_the_network_takes():
-    images, labels, domain, names = collate([crops()[key] for key in ((0, 0, 1), (1, 0, 2))])
+    images, labels, domain, names, skipped = collate([crops()[key] for key in ((0, 0, 1), (1, 0, 2))])
     assert images.shape == (2, 3, 64, 64) and images.dtype == torch.uint8 and labels.shape == (2, 64, 64)
     assert domain == [0, 1] and all("figure" in name for name in names)
 
