@@ -3,6 +3,7 @@
     python train.py --mode universal                                        the built-in figures, minutes on a CPU
     torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR          as published
     torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR       as published
+    python train.py --check --data NAME=DIR ...                             reads every file, reports on the data
     python train.py --help                                                  every flag
 """
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, config as settings, distributed
 from sst.batches import Crops, Schedule, collate
+from sst.check import report
 from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
@@ -43,6 +45,8 @@ def parameter_groups(model, config):
 
 def main():
     config = settings.resolve()
+    if config.get("check"):
+        sys.exit(report(settings.stages(config), open_data))
     rank, world, device = distributed.start()
     if config["mode"] == "dedicated" and not config["resume"]:
         config["out"] = distributed.agree(str(settings.free_folder(config)))  # both steps write into it
