@@ -16,7 +16,6 @@ from .data import named_paths, one_line, open_dataset
 from .domains import IGNORE
 from .errors import InputError
 
-SPLITS = ("train", "val")
 SHOWN = 20  # entries of a long list that are printed; the rest are counted
 # A pair of classes is proposed for M_intra if it touches in this share of the photos that hold both. A few stray pixels and
 # crouching people make nearly all pairs touch somewhere: in Clothing Co-Parsing 14 of ccp-coarse's 15, 11 of them so often.
@@ -24,7 +23,7 @@ TOUCHING = 0.1
 
 
 def report(stages, open_data):
-    """Print the report on the data of a run's trainings. Returns the exit status: 1 where a file cannot be used, else 0.
+    """Read and print a report on the data of a run's trainings. Returns the exit status: 1 where a file cannot be used, else 0.
 
     stages: their settings; open_data: of train.py, opens the figures where a stage has no --data. Raises InputError for a --data
     that is not NAME=PATH.
@@ -34,20 +33,22 @@ def report(stages, open_data):
         if stage["data"]:
             found += [open_lists(name, path) for name, path in named_paths(stage["data"]).items()]
         else:
-            found += [(f"{train.domain.name}, figures", dict(zip(SPLITS, (Tally(train), Tally(val)))), [])
+            found += [(f"{train.domain.name}, figures", {"train": Tally(train), "val": Tally(val)}, [])
                       for train, val in zip(*open_data(stage))]
-    samples = [(tally, i) for _, tallies, _ in found for tally in tallies.values() for i in range(len(tally.dataset))]
-    for (tally, _), result in zip(samples, read([(tally.dataset, i) for tally, i in samples], stages[0]["workers"])):
-        tally.add(result)
-    bad = sum(describe(*dataset) for dataset in found)
-    print(f"\n{len(samples)} photos and their label maps read; " + (f"bad: {bad}, named above" if bad else "none is bad"))
+    read = bad = 0
+    for title, tallies, unopened in found:
+        for split, tally in tallies.items():
+            tally.read(f"{title} {split}", stages[0]["workers"])
+            read += len(tally.dataset)
+        bad += describe(title, tallies, unopened)
+    print(f"\n{read} photos and their label maps read; " + (f"bad: {bad}, named above" if bad else "none is bad"))
     return int(bad > 0)
 
 
 def open_lists(name, path):
     """Both lists of a dataset, as far as they can be opened: an entry of `found`."""
     tallies, bad = {}, []
-    for split in SPLITS:
+    for split in ("train", "val"):
         missing = []
         try:
             tallies[split] = Tally(open_dataset(name, path, split, missing), missing)
@@ -66,27 +67,24 @@ class Tally:
         Z = dataset.domain.num_classes
         self.together, self.touching = np.zeros((2, Z, Z), np.int64)  # photos that hold both classes; in which they touch
 
-    def add(self, result):
-        """Count a result of `measure`."""
-        if isinstance(result, str):
-            return self.bad.append(result)
-        size, pixels, touching = result
-        self.sizes[size] += 1
-        self.pixels += pixels
-        held = pixels[:len(touching)] > 0
-        self.together += np.outer(held, held)
-        self.touching += touching
-
-
-def read(samples, workers):
-    """Yield `measure` of every sample, in their order whatever the number of processes; progress goes to stderr."""
-    started = printed = time.time()
-    for n, result in enumerate(DataLoader(samples, batch_size=None, collate_fn=measure, num_workers=workers), 1):
-        yield result
-        if time.time() - printed > 1 or n == len(samples):
-            printed = time.time()
-            left = (printed - started) / n * (len(samples) - n)
-            print(f"\rread {n} of {len(samples)} photos, {left:.0f} s left ", end="\n" * (n == len(samples)), file=sys.stderr, flush=True)
+    def read(self, title, workers):
+        """Add up `measure` of every sample, in order whatever the number of processes; progress goes to stderr."""
+        samples = [(self.dataset, i) for i in range(len(self.dataset))]
+        started = printed = time.time()
+        for n, result in enumerate(DataLoader(samples, batch_size=None, collate_fn=measure, num_workers=workers), 1):
+            if isinstance(result, str):
+                self.bad.append(result)
+            else:
+                size, pixels, touching = result
+                held = pixels[:len(touching)] > 0
+                self.sizes[size] += 1
+                self.pixels += pixels
+                self.together += np.outer(held, held)
+                self.touching += touching
+            if time.time() - printed > 1 or n == len(samples):
+                printed = time.time()
+                left, end = (printed - started) / n * (len(samples) - n), "\n" if n == len(samples) else ""
+                print(f"\r{title}: read {n} of {len(samples)}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
 
 
 def measure(sample):
@@ -111,12 +109,9 @@ def touching(label, Z):
     return (pairs | pairs.T)[:Z, :Z]
 
 
-# What is printed -------------------------------------------------------------------------------------------------------------
-
-
-def describe(title, tallies, bad):
+def describe(title, tallies, unopened):
     """Print the report on one dataset. Returns the number of its bad files."""
-    bad = list(dict.fromkeys(bad + [sentence for tally in tallies.values() for sentence in tally.bad]))  # one may be in both lists
+    bad = list(dict.fromkeys(unopened + [sentence for tally in tallies.values() for sentence in tally.bad]))  # both lists may hold one
     print(f"\n{title}")
     if tallies:
         domain = next(iter(tallies.values())).dataset.domain
@@ -141,7 +136,7 @@ def counts(tallies):
     names = {split: [tally.dataset.where(i) for i in range(len(tally.dataset))] for split, tally in tallies.items()}
     for split, tally in tallies.items():
         ignored = percent(tally.pixels[IGNORE], tally.pixels.sum())
-        print(f"  {split}: {tally.listed} photos listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; ignored pixels: {ignored}")
+        print(f"  {split}: {tally.listed} listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; ignored pixels: {ignored}")
         twice = [name for name, n in Counter(names[split]).items() if n > 1]
         if twice:
             some(f"more than once in the {split} list: {len(twice)}", twice)
@@ -180,7 +175,7 @@ def adjacency(domain, tally):
     """Where M_intra and the training labels disagree, and an adjacency list for a domain.json; the background is left out."""
     touch, both, names = tally.touching, tally.together, domain.classes
     pairs = [(a, b) for a in range(1, len(names)) for b in range(a + 1, len(names))]
-    often = [pair for pair in pairs if touch[pair] >= max(1, TOUCHING * both[pair])]
+    often = {pair for pair in pairs if touch[pair] >= max(1, TOUCHING * both[pair])}
 
     def listed(heading, chosen):
         chosen = sorted(chosen, key=lambda pair: (pair not in often, -touch[pair], -both[pair], pair))
@@ -194,5 +189,5 @@ def adjacency(domain, tally):
         listed("touching but not in M_intra", [pair for pair in pairs if touch[pair] and not mask[pair]])
         listed("in M_intra but never touching", [pair for pair in pairs if mask[pair] and not touch[pair]])
     print(f"  for a domain.json, the {len(often)} pairs that touch in {TOUCHING:.0%} or more of the training photos that hold both:")
-    words = [json.dumps([names[a], names[b]], ensure_ascii=False) for a, b in often]
+    words = [json.dumps([names[a], names[b]], ensure_ascii=False) for a, b in sorted(often)]
     print(' "adjacency": [\n  ' + ",\n  ".join(", ".join(words[i:i + 5]) for i in range(0, len(words), 5)) + "\n ]")

@@ -14,7 +14,7 @@ from sst.data import listing, open_dataset
 
 CLASSES = ["background", "hat", "hair", "face", "shoe"]
 
-# Labels of 4 x 3 pixels. Hat and hair touch in A and B; hair and face in A; face and hat only corner to corner, in B.
+# Labels of 4 x 3 pixels. In A and B hat touches hair, and hair face; hat and face meet in B only corner to corner.
 A = [[0, 1, 1, 0],
      [0, 2, 2, 0],
      [0, 3, 3, 0]]
@@ -59,8 +59,8 @@ def test_a_report_worked_out_by_hand(tmp_path, check):
     # Training pixels: 12 + 12 + 48 = 72, of which 3 are ignored: 6 + 5 + 48 = 59 of 69 are background, 2 + 1 hat, 2 + 2 hair, 2 + 1 face.
     assert status == 0 and out == f"""
 mine={root}
-  train: 3 photos listed, 3 usable; 2 sizes from 4x3 to 8x6, median 4x3; ignored pixels: 4.17 %
-  val: 1 photos listed, 1 usable; all 4x3; ignored pixels: -
+  train: 3 listed, 3 usable; 2 sizes from 4x3 to 8x6, median 4x3; ignored pixels: 4.17 %
+  val: 1 listed, 1 usable; all 4x3; ignored pixels: -
               train: of pixels  of photos    val: of pixels  of photos
   background           85.51 %   100.00 %           83.33 %   100.00 %
   hat                   4.35 %    66.67 %            8.33 %   100.00 %
@@ -115,6 +115,12 @@ def test_a_domain_without_adjacency_gets_one_that_can_be_pasted(tmp_path, check)
         assert "touching but not in M_intra: " + str(3 - len(wanted)) in check("--data", f"mine={root}")[1]
 
 
+def test_pairs_that_touch_often_come_first(tmp_path, check):
+    # Hat and face touch in 2 of 30 photos, hat and hair in 1 of 1.
+    root = dataset(tmp_path / "d", {str(n): [[1, 3]] if n < 2 else C for n in range(30)} | {"x": [[1, 2]]}, {"c": C}, adjacency=[])
+    assert "touching but not in M_intra: 2\n    hat, hair: 1 of 1\n    hat, face: 2 of 30\n" in check("--data", f"mine={root}")[1]
+
+
 def test_nothing_touches(tmp_path, check):
     root = dataset(tmp_path / "d", {"a": C}, {"c": C})
     assert pasted(check("--data", f"mine={root}")[1]) == {"adjacency": []}
@@ -134,7 +140,7 @@ def test_every_bad_file_is_named_and_the_others_are_counted(tmp_path, check):
     (root / "val_id.txt").write_text("c\ngone")
     status, out = check("--data", f"mine={root}")
     assert status == 1 and out.endswith("\n7 photos and their label maps read; bad: 8, named above\n")
-    assert "train: 8 photos listed, 1 usable; all 40x40" in out and "val: 2 photos listed, 1 usable" in out
+    assert "train: 8 listed, 1 usable; all 40x40" in out and "val: 2 listed, 1 usable" in out
     sentences = out[out.index("  bad files: 8\n"):].splitlines()[1:9]
     for sentence, part in zip(sentences, ("id 'nophoto' has no photo", "id 'nolabel' has no label map", "cut.jpg: not a readable photo (",
                                           "text.jpg: not a readable photo (", "rgb.png: a label map of colour mode RGB",
@@ -155,19 +161,19 @@ def test_a_decoder_that_fails_in_an_unforeseen_way_stops_nothing(tmp_path, check
     monkeypatch.setattr(data, "read_image", lambda path: read(path) if path.stem != "a" else 1 / 0)
     status, out = check("--data", f"mine={dataset(tmp_path / 'd', {'a': A, 'b': B}, {'c': C})}")
     assert status == 1 and "a.jpg: this photo or its label map is not readable (ZeroDivisionError: division by zero); replace" in out
-    assert "train: 2 photos listed, 1 usable" in out
+    assert "train: 2 listed, 1 usable" in out
 
 
 def test_lists_that_overlap_repeat_or_cannot_be_opened(tmp_path, check):
     root = dataset(tmp_path / "d", {"a": A, "b": B}, {"c": C})
     (root / "train_id.txt").write_text("a\nb\nc\na")
     status, out = check("--data", f"mine={root}")
-    assert status == 0 and "train: 4 photos listed, 4 usable" in out
+    assert status == 0 and "train: 4 listed, 4 usable" in out
     assert f"more than once in the train list: 1\n    {root}/images/a.jpg\n" in out
     assert f"in both lists, so that validation flatters: 1\n    {root}/images/c.jpg\n" in out
     (root / "val_id.txt").unlink()
     status, out = check("--data", f"mine={root}", f"other={tmp_path / 'nowhere'}")
-    assert status == 1 and "train: 4 photos" in out and "val:" not in out and "val_id.txt: the list of ids is not readable (" in out
+    assert status == 1 and "train: 4 listed" in out and "val:" not in out and "val_id.txt: the list of ids is not readable (" in out
     assert f"other={tmp_path / 'nowhere'}\n  bad files: 1\n    unknown label domain 'other'" in out
 
 
@@ -182,7 +188,7 @@ def test_the_figures_whatever_the_number_of_processes(tmp_path, check, monkeypat
     monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
     monkeypatch.chdir(tmp_path)
     status, out = check("--size", "48x40", workers=0)
-    assert status == 0 and out.count("train: 5 photos listed, 5 usable; all 40x48; ignored pixels: -") == 3
+    assert status == 0 and out.count("train: 5 listed, 5 usable; all 40x48; ignored pixels: -") == 3
     assert [line for line in out.splitlines() if "figures" in line] == ["pascal, figures", "atr, figures", "cihp, figures"]
     assert out == check("--size", "48x40", workers=1)[1] == check("--size", "48x40", workers=None)[1]
     assert check("--mode", "dedicated", "--size", "48x40")[1].count("figures") == 2
