@@ -59,8 +59,8 @@ def test_a_report_worked_out_by_hand(tmp_path, check):
     # Training pixels: 12 + 12 + 48 = 72, of which 3 are ignored: 6 + 5 + 48 = 59 of 69 are background, 2 + 1 hat, 2 + 2 hair, 2 + 1 face.
     assert status == 0 and out == f"""
 mine={root}
-  train: 3 listed, 3 usable; 2 sizes from 4x3 to 8x6, median 4x3; ignored pixels: 4.17 %
-  val: 1 listed, 1 usable; all 4x3; ignored pixels: -
+  train: 3 listed, 3 usable; 2 sizes from 4x3 to 8x6, median 4x3; 4.17 % of pixels ignored
+  val: 1 listed, 1 usable; all 4x3; 0.00 % of pixels ignored
               train: of pixels  of photos    val: of pixels  of photos
   background           85.51 %   100.00 %           83.33 %   100.00 %
   hat                   4.35 %    66.67 %            8.33 %   100.00 %
@@ -188,7 +188,7 @@ def test_the_figures_whatever_the_number_of_processes(tmp_path, check, monkeypat
     monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
     monkeypatch.chdir(tmp_path)
     status, out = check("--size", "48x40", workers=0)
-    assert status == 0 and out.count("train: 5 listed, 5 usable; all 40x48; ignored pixels: -") == 3
+    assert status == 0 and out.count("train: 5 listed, 5 usable; all 40x48; 0.00 % of pixels ignored") == 3
     assert [line for line in out.splitlines() if "figures" in line] == ["pascal, figures", "atr, figures", "cihp, figures"]
     assert out == check("--size", "48x40", workers=1)[1] == check("--size", "48x40", workers=None)[1]
     assert check("--mode", "dedicated", "--size", "48x40")[1].count("figures") == 2
