@@ -136,7 +136,8 @@ def counts(tallies):
     names = {split: [tally.dataset.where(i) for i in range(len(tally.dataset))] for split, tally in tallies.items()}
     for split, tally in tallies.items():
         ignored = 100 * tally.pixels[IGNORE] / max(1, tally.pixels.sum())
-        print(f"  {split}: {tally.listed} listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; {ignored:.2f} % of pixels ignored")
+        print(f"  {split}: {tally.listed} listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; "
+              f"{ignored:.2f} % of pixels ignored")
         twice = [name for name, n in Counter(names[split]).items() if n > 1]
         if twice:
             some(f"more than once in the {split} list: {len(twice)}", twice)
