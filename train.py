@@ -3,6 +3,7 @@
     python train.py --mode universal                                        the built-in figures, minutes on a CPU
     torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR          as published
     torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR       as published
+    python train.py --check --data NAME=DIR ...                             reads every file, reports on the data
     python train.py --help                                                  every flag
 
 What a step sees follows from the seed and the step alone, so a run may be split, killed and resumed: docs/reliability.md.
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, config as settings, distributed
 from sst.batches import Crops, Schedule, collate
+from sst.check import report
 from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
@@ -49,6 +51,8 @@ def parameter_groups(model, config):
 def main():
     rank, world, device = distributed.start()
     config = settings.resolve(agree=distributed.agree)
+    if config["check"]:
+        sys.exit(report(settings.stages(config), open_data) if rank == 0 else 0)
     config["global_batch"] = config["global_batch"] or config["batch_size"] * world
     if not config["resume"]:
         config["out"] = distributed.agree(str(settings.free_folder(config)))
@@ -98,10 +102,10 @@ def train(config, run, rank, world, device, interruption):
 
     # The model, its optimiser, and where it stands.
     start = config["source_checkpoint"] or config["init_from"]
-    origin = checkpoint.load(f"{start}/last.pt", "run") if start else None
     state, path = checkpoint.load_last(config["out"]) if config["resume"] else (None, None)
+    origin = checkpoint.load(f"{start}/last.pt", "run") if start and not (state and config["init_from"]) else None
     model = build(config, domains, origin, resumed=state is not None)
-    inherited = inherit(model, domains, origin, f"{start}/last.pt") if config["init_from"] else ""
+    inherited = inherit(model, domains, origin, f"{start}/last.pt") if origin and config["init_from"] else ""
     model.to(device, memory_format=torch.channels_last).train()
     if config["sync_bn"]:
         if device.type != "cuda":

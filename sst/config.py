@@ -53,6 +53,7 @@ def parser():
     g.add_argument("--out", metavar="DIR", help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ...")
     g.add_argument("--resume", metavar="DIR|auto", help="go on with the run in DIR, at its last checkpoint, with its settings; auto: with "
                    "the run in --out (without it: the newest of runs/), or begin it where there is none (what a scheduler's requeue runs)")
+    g.add_argument("--check", action="store_true", default=None, help="train nothing: read every file of the data once, report on it")
     g.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation (default 0)")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="label domains and their folders; NAME is one of "
@@ -63,7 +64,7 @@ def parser():
     g.add_argument("--batch-size", type=positive, metavar="B", help="images of a micro-batch, of all domains together")
     g.add_argument("--global-batch", type=positive, metavar="G", help="images of a step, a multiple of B that the processes share "
                    "(default: B per process)")
-    g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process")
+    g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process (--check: one per core)")
     g.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, naming and counting them: the list's next "
                    "photo takes their place (default: such a file stops the run)")
     g = p.add_argument_group("dedicated parsing (without data: figures, source cihp, target pascal)")
@@ -133,6 +134,8 @@ def resolve(argv=None, agree=lambda value: value):
         raise InputError(f"--epochs {args['epochs']} and --steps {args['steps']}: give one of them")
     if args["epochs"] or args["steps"]:
         preset = preset | dict(epochs=None, steps=None)
+    if args["check"]:
+        preset = preset | dict(workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
                            ("backbone_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
