@@ -61,10 +61,10 @@ def main():
     domains = [[dataset.domain for dataset in open_data(stage)[0]] for stage in stages]
     if len(stages) == 2:
         build_sst(stages[1], domains[1], 8, sources=domains[0])
-    interruption = distributed.Interruption()
-    for stage in stages:
-        train(stage, stages[-1], rank, world, device, interruption)
-        distributed.wait()  # the next step reads what the first process has written
+    with distributed.Interruption() as interruption:
+        for stage in stages:
+            train(stage, stages[-1], rank, world, device, interruption)
+            distributed.wait()  # the next step reads what the first process has written
     distributed.stop()
 
 
@@ -177,8 +177,11 @@ def train(config, run, rank, world, device, interruption):
         for k in range(rank, K, world):
             torch.manual_seed((config["seed"] << 32) + step * K + k)  # a network of yours may have dropout
             asked = time.time()
-            images, labels, domain, names, skipped = next_batch(batches)
+            batch = next(batches)
             waited += time.time() - asked
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels, domain, names, skipped = batch
             unread += [[step * K + k, what] for what in skipped]
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             last = k + world >= K
@@ -291,20 +294,6 @@ def validate(net, datasets, size, rank, world, device):
     return results
 
 
-def next_batch(batches):
-    """The loader's next batch; raises InputError for a file that cannot be used and for a loading process that is gone."""
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(f"a loading process has ended ({str(error).splitlines()[0]}); go on with --resume, perhaps with fewer --workers: they "
-                         f"may have run out of memory") from None
-    if isinstance(batch, InputError):
-        raise batch
-    return batch
-
-
 def precision(name, device):
     """The dtype of autocast; None for float32."""
     if name == "auto":
@@ -349,3 +338,8 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"train.py: a loading process has ended ({str(error).strip().splitlines()[0]}); it may have run out of memory: go on with "
+                 f"--resume, perhaps with fewer --workers")

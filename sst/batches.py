@@ -71,7 +71,7 @@ class Crops(torch.utils.data.Dataset):
         skipped = []
         while True:
             try:
-                image, label = self.datasets[d].load(index)
+                image, label = self.datasets[d].load(index, self.size)
                 break
             except InputError as error:
                 skipped.append(str(error))
@@ -106,13 +106,13 @@ def fit(image, size, label=None):
 
     Returns image (H, W, 3), label (H, W) or None, and the box (top, left, height, width) of the photo therein.
     """
-    h, w = image.shape[:2]
+    h, w = (image if label is None else label).shape[:2]  # the photo may have been read at a part of its size
     H, W = size
     scale = min(H / h, W / w)
     height, width = max(1, min(H, round(h * scale))), max(1, min(W, round(w * scale)))
     top, left = (H - height) // 2, (W - width) // 2
     box = (top, left, height, width)
-    image = paste(image, (H, W), box, (0, 0, w, h), MEAN_COLOUR, Image.Resampling.BILINEAR)
+    image = paste(image, (H, W), box, (0, 0, *image.shape[1::-1]), MEAN_COLOUR, Image.Resampling.BILINEAR)
     if label is not None:
         label = paste(label, (H, W), box, (0, 0, w, h), IGNORE, Image.Resampling.NEAREST)
     return image, label, box

@@ -1,5 +1,6 @@
 """What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, one batch norm for all, and a common end."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,7 +28,11 @@ def start():
                              f"use --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if gpu else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store through its restarts, where processes would find the addresses of those that are gone.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -77,19 +82,30 @@ def peak_memory(device):
 
 
 class Interruption:
-    """Remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that the training loop can end between two steps.
+    """Within its block remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that the training loop can end between two steps.
 
     `signal` is its number, or 0. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+    signal = 0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def remember(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        # Loading processes that are left are deaf to the SIGTERM that would end them, and DataLoader takes their end for a failure.
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, watch)
 
 
 def deaf(worker):
