@@ -35,7 +35,11 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
                          f"(B, Q, M, L, P, 2), (B, Q, M, L, P)")
     backend = choose(value, locations, weights, backend)
     if backend == "triton":
-        from .deform_attn_triton import attend
+        try:
+            from .deform_attn_triton import attend
+        except ImportError:
+            raise ImportError("deform_attn: the backend 'triton' needs the package triton, which is not installed; "
+                              "run: pip install triton") from None
         return attend(value, shapes, locations, weights)  # every tensor in its own dtype
     # Sampling places must not be rounded to bfloat16 under autocast: it would move them by a tenth of a pixel and more.
     precise = torch.promote_types(value.dtype, locations.dtype)
@@ -58,13 +62,7 @@ def choose(value, locations, weights, backend="auto"):
         # PyTorch multiplies sparse matrices by MKL, eagerly: a compiled or exported graph cannot hold them.
         sparse = value.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
         backend = "sparse" if sparse else "grid_sample"
-    if backend == "triton":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            raise ImportError("deform_attn: the backend 'triton' needs the package triton, which is not installed; "
-                              "run: pip install triton") from None
-    elif backend not in PYTORCH:
+    if backend != "triton" and backend not in PYTORCH:
         raise ValueError(f"deform_attn: the backend is {backend!r}; it is one of auto, triton, {', '.join(PYTORCH)}")
     return backend
 

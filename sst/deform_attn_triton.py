@@ -98,7 +98,7 @@ def backward_kernel(gradient, value, locations, weights, grad_value, grad_locati
         for p in range(P):
             sample = rows * (L * P) + l * P + p
             weight, i, j, y, x = read_sample(locations, weights, sample, exists, sizes[2 * l], sizes[2 * l + 1])
-            by_weight, by_y, by_x = (tl.zeros((ROWS,), tl.float32),) * 3
+            by_weight, by_y, by_x = tl.zeros_like(y), tl.zeros_like(y), tl.zeros_like(y)
             for lower in tl.static_range(2):
                 for right in tl.static_range(2):
                     inside = (i + lower >= 0) & (i + lower < h) & (j + right >= 0) & (j + right < w)
@@ -120,7 +120,7 @@ def launch(kernel, tensors, sizes, value, locations, warps, channels):
     """Run a kernel over all rows: programs of so many warps, threads with so many channels of a row."""
     B, S, M, d = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
-    ROWS = max(1, warps * 32 * channels // d)
+    ROWS = max(2, warps * 32 * channels // d)  # not 1: of an atomic's mask that is one row broadcast, the interpreter reads too far
     if B * Q * M:
         with torch.cuda.device_of(value):  # Triton launches on the current GPU
             # As floats, sizes are arguments like any other; for integers Triton compiles anew if one is 1 or a multiple of 16.
