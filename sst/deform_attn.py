@@ -40,7 +40,7 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
         except ImportError:
             raise ImportError("deform_attn: the backend 'triton' needs the package triton, which is not installed; "
                               "run: pip install triton") from None
-        return attend(value, shapes, locations, weights)  # every tensor in its own dtype
+        return attend(value, shapes, locations, weights)  # reads every tensor in its own dtype
     # Sampling places must not be rounded to bfloat16 under autocast: it would move them by a tenth of a pixel and more.
     precise = torch.promote_types(value.dtype, locations.dtype)
     with torch.autocast(value.device.type, enabled=False):
@@ -49,7 +49,7 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
 
 
 def choose(value, locations, weights, backend="auto"):
-    """The backend that "auto" stands for: the one place where it is chosen."""
+    """The name of the backend: the one place where it is chosen."""
     if backend == "auto":
         backend = os.environ.get("SST_DEFORM_ATTN", "auto")
     if backend == "auto" and value.is_cuda:

@@ -1,11 +1,12 @@
-"""Multi-scale deformable attention on a GPU: one Triton kernel forward, one backward. Optional; `deform_attn` says when it is used.
+"""Multi-scale deformable attention on a GPU: one Triton kernel forward, one backward. Optional; deform_attn.py says when it is used.
 
-A row of the output is one query's one head: d channels, the weighted sum of 4LP rows of the values, four pixels for each of LP samples.
-A program computes a few such rows, sample by sample, and keeps their sums in registers: nothing between inputs and output goes through
+A row of the output is a query's head: d channels, the weighted sum of 4LP rows of the values, four pixels for each of LP samples.
+A program computes a few rows, sample by sample, and keeps their sums in registers: nothing between inputs and outputs goes through
 memory. Tensors are read in their own dtype and summed in float32.
 
-The forward pass and the gradients of locations and weights are deterministic: a row has one program, which adds in a fixed order. Many
-rows add to the gradient of one value, by float32 atomics in whatever order they arrive: that gradient is not, in its last bits.
+The forward pass and the gradients of locations and weights are deterministic: one program adds up a row, in a fixed order. The gradient
+of a value is a sum over many rows, by float32 atomics in the order in which they arrive: it differs from run to run in the last bits.
+Under torch.use_deterministic_algorithms it therefore raises, or warns, as the gradient of PyTorch's grid_sample does on CUDA.
 """
 
 import os
@@ -16,8 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNSPECIALIZED = ["S", "N", "M"]  # for other arguments Triton compiles anew where they are 1 or multiples of 16
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+PLAIN = ["S", "N", "M"]  # of other whole numbers Triton makes compile-time facts: that they are 1, or multiples of 16
+BROKEN = None
+if torch.cuda.is_available():
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # for its first launch Triton builds a small library; what goes wrong then has many types
+        BROKEN = f"Triton cannot launch kernels here ({error}); it needs a C compiler and Python's headers"
+        warnings.warn(f"deform_attn: {BROKEN}. The slower grid_sample stands in")
 
 
 def refusal(value, locations, weights):
@@ -25,20 +33,18 @@ def refusal(value, locations, weights):
     d = value.shape[3]
     if not value.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA; these tensors are on {value.device} (TRITON_INTERPRET=1 runs it there, very slowly)"
-    if value.is_cuda and torch.cuda.get_device_capability(value.device) < (8, 0):
-        return f"it needs compute capability 8.0; this GPU has {torch.cuda.get_device_capability(value.device)}"
-    if not {value.dtype, locations.dtype, weights.dtype} <= set(DTYPES):
+    if not DTYPES >= {value.dtype, locations.dtype, weights.dtype}:
         return f"it takes float32, bfloat16 and float16, not {value.dtype}, {locations.dtype} and {weights.dtype}"
     if not 1 <= d <= 256 or d & (d - 1):
         return f"a head has {d} channels; it takes a power of two up to 256"
-    return None
+    return BROKEN
 
 
 @triton.jit
 def pixel_before(coordinate, n):
-    """A coordinate along n pixels, [0, 1] from edge to edge -> the pixel whose centre is at or before it, and the way on from there, 0 to 1.
+    """A coordinate along n pixels, [0, 1] from edge to edge -> the pixel whose centre is at or before it, and how far beyond, 0 to 1.
 
-    Far outside is moved to where the next pixel is outside, too. NaN is NaN beyond pixel -2: nothing is read for it.
+    What lies far outside is moved to where the next pixel is still outside. NaN lies NaN beyond pixel -2: nothing is read for it.
     """
     x = tl.clamp(coordinate.to(tl.float32) * n - 0.5, -2.0, n + 1.0, propagate_nan=tl.PropagateNan.ALL)
     before = tl.floor(x)
@@ -56,14 +62,14 @@ def rows_of_program(N, ROWS: tl.constexpr):
 
 @triton.jit
 def read_sample(locations, weights, sample, exists, h, w):
-    """-> its weight; row and column of the top left one of its four pixels; the way from there to its place, down and right. All (ROWS,)."""
+    """-> its weight; row and column of the top left of its four pixels; how far its place lies beyond, down and right. All (ROWS,)."""
     weight = tl.load(weights + sample, mask=exists, other=0).to(tl.float32)
     j, x = pixel_before(tl.load(locations + 2 * sample, mask=exists, other=-9), w)  # -9 is outside
     i, y = pixel_before(tl.load(locations + 2 * sample + 1, mask=exists, other=-9), h)
     return weight, i, j, y, x
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=PLAIN)
 def forward_kernel(value, locations, weights, out, sizes, S, N, M, L: tl.constexpr, P: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr):
     """A program computes ROWS of the N = Q*M rows of an image. sizes: (h, w) of all levels in one tuple."""
     image, row, rows, exists = rows_of_program(N, ROWS)
@@ -85,7 +91,7 @@ def forward_kernel(value, locations, weights, out, sizes, S, N, M, L: tl.constex
     tl.store(out + rows[:, None] * d + channel, total, mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=PLAIN)
 def backward_kernel(gradient, value, locations, weights, grad_value, grad_locations, grad_weights, sizes, S, N, M,
                     L: tl.constexpr, P: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr):
     """As forward_kernel. gradient: that of out. grad_value: float32, zeros, to which is added."""
@@ -138,7 +144,8 @@ def operator(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
 
 
 @torch.library.custom_op("sst::deform_attn_backward", mutates_args=())
-def operator_backward(gradient: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def operator_backward(gradient: Tensor, value: Tensor, sizes: list[int], locations: Tensor,
+                      weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if torch.are_deterministic_algorithms_enabled():
         message = "deform_attn: the gradient to the values has no deterministic implementation on CUDA"
         if not torch.is_deterministic_algorithms_warn_only_enabled():

@@ -7,6 +7,7 @@ again with it, in a process of its own.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,23 @@ def test_compiles_ahead_of_time(dtype, capability, monkeypatch, tmp_path):
         assert len(kernel.asm["cubin"]) > 1000
         assert kernel.metadata.shared == 0  # all in registers
         assert "ld.global.v4.b32" in kernel.asm["ptx"] or "ld.global.v2.b32" in kernel.asm["ptx"]  # rows by 16 or 8 bytes a thread
+
+
+@not_interpreted
+def test_triton_that_cannot_launch_is_said_once():
+    """Where there is no GPU there is no driver to launch with; where there is one, let Triton find no compiler."""
+    code = """if True:
+        import types, torch
+        torch.cuda.is_available = lambda: True
+        from sst.deform_attn_triton import refusal
+        for _ in range(2):
+            tensor = types.SimpleNamespace(is_cuda=True, shape=(1, 1, 1, 32), dtype=torch.float32)
+            print(refusal(tensor, tensor, tensor))
+    """
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CC": "no-compiler", "TRITON_CACHE_DIR": os.devnull},
+                         capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.stdout.count("Triton cannot launch kernels here") == 2
+    assert run.stderr.count("UserWarning: deform_attn: Triton cannot launch kernels here") == 1
 
 
 def attend(value, shapes, locations, weights):
@@ -194,7 +212,8 @@ def test_pytorch_sees_through_the_operators():
     sizes = [n for size in shapes for n in size]
     torch.library.opcheck(deform_attn_triton.operator, (value, sizes, locations, weights))
     G = torch.randn(2, 5, 8, device=DEVICE)
-    torch.library.opcheck(deform_attn_triton.operator_backward, (G, *(t.detach() if torch.is_tensor(t) else t for t in (value, sizes, locations, weights))))
+    value, locations, weights = (t.detach() for t in (value, locations, weights))
+    torch.library.opcheck(deform_attn_triton.operator_backward, (G, value, sizes, locations, weights))
 
 
 @runs
