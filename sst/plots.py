@@ -145,14 +145,16 @@ def matrices(values, titles, rows, columns, width=None, **how):
 
 
 def place_of(region):
-    """x, y of a region (H, W) of booleans: its mean where that lies in the region, else that of its larger half, left or right of the
-    mean, so that the place of two arms is on an arm."""
+    """x, y of a region (H, W) of booleans: its mean where that lies in the region, else the pixel next to the mean of its larger half,
+    left or right, so that the place of two arms is on an arm."""
     y, x = np.nonzero(region)
     mean = np.array([x.mean(), y.mean()])
     if not region[tuple(mean.round().astype(int)[::-1])]:
         half = x > mean[0]
         half = half if half.mean() >= 0.5 else ~half
-        mean = np.array([x[half].mean(), y[half].mean()])
+        x, y = x[half], y[half]
+        nearest = np.hypot(x - x.mean(), y - y.mean()).argmin()
+        mean = np.array([x[nearest], y[nearest]])
     return mean
 
 
@@ -184,10 +186,10 @@ def body_graph(samples, width=4.0):
     """
     from matplotlib.figure import Figure
     tall = max(image.shape[0] / image.shape[1] for _, image, _, _ in samples)
-    figure = Figure(figsize=(width * len(samples), width * tall + 0.3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width * len(samples), 0.98 * width * tall + 0.25), dpi=100, layout="constrained")
     for axis, (domain, image, label, others) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples):
         h, w = label.shape
-        axis.imshow((0.4 * image + 0.6 * 255).astype(np.uint8), extent=(0, w, h, 0))
+        axis.imshow(0.35 * image.mean(-1) + 0.65 * 255, cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
         axis.axis("off")
         axis.set_title(domain.name, fontsize=10)
         mask, palette = domain.intra_mask().numpy(), domain.palette() / 255
