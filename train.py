@@ -123,7 +123,8 @@ def train(config, run, rank, world, device, interruption):
                              f"has {lists[changed[0]][0]} now, or others; put the list back, or start a new run")
         checkpoint.load_weights(model, state["weights"], path)
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run has none
+            scaler.load_state_dict(state["scaler"])
         step, best, counts = state["step"], state["best"], state["counts"]
     out = Path(config["out"])
     if step == steps and (out / "samples.png").exists():
@@ -187,9 +188,11 @@ def train(config, run, rank, world, device, interruption):
             last = k + world >= K
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, half, enabled=half is not None):
-                    terms, X = wrapped(images, labels, domain)
+                    terms, representations = wrapped(images, labels, domain)
                     terms["total"] = objective(terms, alpha=config["alpha"], beta=config["beta"], lam=config["lam"])
                 scaler.scale(terms["total"] * world / K).backward()  # DDP averages over the processes
+            if k == rank:  # the step's first micro-batch in the first process, which keeps the log
+                X = {name: [x[0].detach(), *(x_L.detach() for x_L in x[1:][-1:])] for name, x in representations.items()}
             norms.collect()
             seen.append((names, torch.stack([value.detach() for value in terms.values()])))
         norms.finish(K)
@@ -231,7 +234,7 @@ def train(config, run, rank, world, device, interruption):
         elif step % config["log_every"] == 0 or step == 1 or step == steps:
             elapsed, interval = time.time() - started, step - logged
             write("train", loss=losses, lr=optimizer.param_groups[-1]["lr"],
-                  cos={name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), (x[0], *x[1:][-1:]))} for name, x in X.items()},
+                  cos={name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), x)} for name, x in X.items()},
                   skipped={key: counts[f"skipped_{key}"] for key in ("steps", "files")},
                   time={"seconds": elapsed, "images_per_second": (step - first_step) * K * B / elapsed, "step": (time.time() - mark) / interval,
                         "wait": waited / interval, "peak_memory": distributed.peak_memory(device)})

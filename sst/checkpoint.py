@@ -86,7 +86,7 @@ def load(path, kind):
     except Exception:  # a damaged file leads the readers of zip and pickle to whatever they raise
         raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it again or use another "
                          f"checkpoint of the run") from None
-    wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer", "best", "config"} if kind == "run" else set())
+    wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer", "scaler", "best", "counts", "lists", "config"} if kind == "run" else set())
     missing = wanted - set(content) if isinstance(content, dict) else wanted
     if missing:
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; expected a {'model.pt' if kind == 'model' else 'last.pt'} that "

@@ -298,8 +298,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
 
 
 def content(step=3):
-    return {"format": 1, "arch": {}, "domains": [], "weights": {"w": torch.arange(40.0), "b": torch.ones(3)}, "optimizer": {}, "step": step,
-            "best": 1.0, "config": {"lr": 0.1}}
+    return {"format": 1, "arch": {}, "domains": [], "weights": {"w": torch.arange(40.0), "b": torch.ones(3)}, "optimizer": {}, "scaler": {},
+            "step": step, "best": 1.0, "counts": {}, "lists": {}, "config": {"lr": 0.1}}
 
 
 def same(a, b):
