@@ -1,4 +1,5 @@
-"""Pictures of a run: label maps in colour with their legend, and curves. matplotlib is imported where a picture is drawn."""
+"""Pictures: label maps in colour with their legend, curves, matrices, and the graph of a body. matplotlib is imported where a picture
+is drawn."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -71,6 +72,161 @@ def side_by_side(pictures):
     return canvas
 
 
+def rendered(figure):
+    """A matplotlib Figure -> a PIL image, which a notebook shows as it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def panel(pictures, titles, domains=None, columns=None, width=2.0):
+    """Pictures side by side with a title each, as a PIL image.
+
+    pictures: (H, W, 3) uint8, or (H, W) class ids where the same place of `domains` holds their LabelDomain: those are coloured, and
+    the names of their classes stand below. columns: pictures a row. width: of a picture, in inches.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    domains = domains or [None] * len(pictures)
+    columns = min(columns or len(pictures), len(pictures))
+    rows = -(-len(pictures) // columns)
+    present = [np.setdiff1d(np.unique(picture), (0, IGNORE)) if domain else () for picture, domain in zip(pictures, domains)]
+    tall = width * max(picture.shape[0] / picture.shape[1] for picture in pictures)
+    names = 0.14 * max((len(ids) + 1) // 2 for ids in present)  # inches below a picture
+    row = 0.28 + tall + (names and names + 0.15)
+    size = (width + 0.08) * columns, row * rows + 0.05
+    figure = Figure(figsize=size, dpi=100)
+    for k, (picture, title, domain, ids) in enumerate(zip(pictures, titles, domains, present)):
+        left, top = (width + 0.08) * (k % columns) + 0.04, size[1] - row * (k // columns) - 0.28
+        axis = figure.add_axes((left / size[0], (top - tall) / size[1], width / size[0], tall / size[1]))
+        axis.imshow(colourise(picture, domain) if domain else picture, interpolation="nearest")
+        axis.axis("off")
+        axis.set_title(title, fontsize=9, pad=3)
+        if domain:
+            patches = [Patch(facecolor=domain.palette()[i] / 255, edgecolor="0.5", linewidth=0.4, label=domain.classes[i]) for i in ids]
+            axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7, frameon=False, handlelength=1,
+                        labelspacing=0.3, columnspacing=0.8, borderaxespad=0.3)
+    return rendered(figure)
+
+
+def shade(values, low=None, high=None, cmap="viridis"):
+    """(H, W) numbers -> (H, W, 3) uint8 colours between `low` and `high` (the smallest and largest number)."""
+    from matplotlib import colormaps
+    values = np.asarray(values, np.float64)
+    low, high = values.min() if low is None else low, values.max() if high is None else high
+    return (255 * colormaps[cmap](np.clip((values - low) / max(high - low, 1e-12), 0, 1))[..., :3]).round().astype(np.uint8)
+
+
+def draw_matrix(axis, values, rows, columns, form="{:.0f}", cmap="Blues", low=None, high=None, least=-np.inf):
+    """A matrix on a matplotlib axis: a colour and a number for every entry, its row's and its column's name beside it.
+
+    form: of the numbers. Entries below `least` get none.
+    """
+    low, high = np.min(values) if low is None else low, np.max(values) if high is None else high
+    picture = axis.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    for r, c in np.argwhere(np.asarray(values) >= least):
+        ink = "white" if is_dark(picture.cmap(picture.norm(values[r, c]))) else "black"
+        axis.text(c, r, form.format(values[r, c]), ha="center", va="center", fontsize=6, color=ink)
+
+
+def matrices(values, titles, rows, columns, width=None, **how):
+    """Heat maps side by side, as a PIL image. values: matrices (R, C); rows, columns: their names, R and C; how: of `draw_matrix`."""
+    from matplotlib.figure import Figure
+    n = len(values)
+    size = (width or n * (0.3 * len(columns) + 0.5) + 0.07 * max(map(len, rows)), 0.22 * len(rows) + 0.07 * max(map(len, columns)) + 0.4)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    for k, (axis, matrix, title) in enumerate(zip(figure.subplots(1, n, squeeze=False)[0], values, titles)):
+        draw_matrix(axis, np.asarray(matrix), rows if k == 0 else [""] * len(rows), columns, **how)
+        axis.set_title(title, fontsize=9)
+    return rendered(figure)
+
+
+def place_of(region):
+    """x, y of a region (H, W) of booleans: its mean where that lies in the region, else the pixel next to the mean of its larger half,
+    left or right, so that the place of two arms is on an arm."""
+    y, x = np.nonzero(region)
+    mean = np.array([x.mean(), y.mean()])
+    if not region[tuple(mean.round().astype(int)[::-1])]:
+        half = x > mean[0]
+        half = half if half.mean() >= 0.5 else ~half
+        x, y = x[half], y[half]
+        nearest = np.hypot(x - x.mean(), y - y.mean()).argmin()
+        mean = np.array([x[nearest], y[nearest]])
+    return mean
+
+
+def class_places(label, others, Z):
+    """(Z, 2): where each class is on the body, as x, y in pixels of a label map (H, W); NaN where no map has it.
+
+    The place of a class that `label` lacks is its mean place in the label maps `others`; in each, places are measured between the top
+    and the bottom, the left and the right end of the foreground.
+    """
+    def places(label):
+        y, x = np.nonzero((label > 0) & (label != IGNORE))
+        corner, size = np.array([x.min(), y.min()]), np.array([np.ptp(x) + 1, np.ptp(y) + 1])
+        present = [z for z in range(Z) if (label == z).any()]
+        result = np.full((Z, 2), np.nan)
+        result[present] = [(place_of(label == z) - corner) / size for z in present]
+        return result, corner, size
+    own, corner, size = places(label)
+    found = np.stack([places(other)[0] for other in others if ((other > 0) & (other != IGNORE)).any()] + [own])
+    seen = ~np.isnan(found[..., 0])
+    mean = np.nansum(found, axis=0) / np.where(seen.any(0), seen.sum(0), np.nan)[:, None]
+    return np.where(np.isnan(own), mean, own) * size + corner
+
+
+def body_graph(samples, width=4.0):
+    """M_intra drawn on the body, one picture per domain side by side, as a PIL image: a name for every class but the background, at
+    its place, and a line between two that touch. What has to do with a class that the picture lacks is grey.
+
+    samples: [(domain, image (H, W, 3), label map (H, W), label maps of others that show where the other classes are), ...].
+    """
+    from matplotlib.figure import Figure
+    tall = max(image.shape[0] / image.shape[1] for _, image, _, _ in samples)
+    figure = Figure(figsize=(width * len(samples), 0.98 * width * tall + 0.25), dpi=100, layout="constrained")
+    for axis, (domain, image, label, others) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples):
+        h, w = label.shape
+        axis.imshow(0.35 * image.mean(-1) + 0.65 * 255, cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
+        axis.axis("off")
+        axis.set_title(domain.name, fontsize=10)
+        mask, palette = domain.intra_mask().numpy(), domain.palette() / 255
+        there = np.isin(np.arange(domain.num_classes), label)
+        place = class_places(label, others, domain.num_classes)
+        place[1:] = apart(place[1:], gap=(0.22 * w, 0.07 * h), size=(w, h))
+        for a, b in np.argwhere(np.triu(mask, 1)):
+            strong = there[a] and there[b]
+            axis.plot(*zip(place[a], place[b]), color="0.1" if strong else "0.45", linewidth=1.1 if strong else 0.6,
+                      linestyle="-" if strong else ":", zorder=2 if strong else 1)
+        for z, name in list(enumerate(domain.classes))[1:]:
+            ink = "0.45" if not there[z] else "white" if is_dark(palette[z]) else "black"
+            axis.text(*place[z], name, ha="center", va="center", fontsize=7, color=ink, zorder=3 + there[z],
+                      bbox=dict(boxstyle="round,pad=0.2", linewidth=0.6, edgecolor="0.2" if there[z] else "0.6",
+                                facecolor=palette[z] if there[z] else "0.95"))
+    return rendered(figure)
+
+
+def apart(points, gap, size):
+    """Points (n, 2) moved so that they are `gap` (x, y) apart, as an ellipse, if they can within `size` (w, h), and little otherwise."""
+    gap, size = np.asarray(gap, np.float64), np.asarray(size, np.float64)
+    side = np.where(np.arange(len(points)) % 2, 0.2, -0.2)[np.argsort(np.argsort(points[:, 1]))]
+    start = points = points + np.stack([side * gap[0], 0 * side], -1)  # a column of points gives way to both sides
+    for _ in range(300):
+        difference = (points[:, None] - points[None]) / gap  # (n, n, 2)
+        distance = np.linalg.norm(difference, axis=-1, keepdims=True)
+        push = np.maximum(1 - distance, 0) * difference / np.maximum(distance, 1e-9)
+        points = points + 0.3 * gap * push.sum(1) + 0.02 * (start - points)
+        points = np.clip(points, gap * (0.4, 0.3), size - gap * (0.4, 0.3))
+    return points
+
+
+def is_dark(rgb):
+    """Whether white letters are read better than black ones on a colour, r, g, b in 0..1."""
+    return np.dot(rgb[:3], (0.3, 0.6, 0.1)) < 0.5
+
+
 def save_samples(samples, path):
     """One row of pictures per domain: photo, truth, prediction, for each of its samples, and the legend of class names.
 
@@ -140,13 +296,10 @@ def save_confusion(matrix, truth, predicted, title, path):
     figure = Figure(figsize=(0.34 * len(predicted) + 2.6, 0.3 * len(truth) + 2.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(len(predicted)), predicted, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(truth)), [name if row.any() else f"{name} (in no label)" for name, row in zip(truth, matrix)], fontsize=7)
+    names = [name if row.any() else f"{name} (in no label)" for name, row in zip(truth, matrix)]
+    draw_matrix(axis, share, names, predicted, low=0, high=100, least=0.5)
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="predicted, % of the true class's pixels", ylabel="true class")
-    for t, p in np.argwhere(share >= 0.5):
-        axis.text(p, t, f"{share[t, p]:.0f}", ha="center", va="center", fontsize=6, color="white" if share[t, p] > 50 else "black")
     figure.savefig(path, format="png", metadata={"Software": SOFTWARE})
 
 

@@ -68,6 +68,41 @@ def test_palette_tells_all_classes_apart_and_relates_domains():
     assert (pascal.palette()[pascal.index("torso")] == cihp.palette()[cihp.index("upper-clothes")]).all()
 
 
+# What someone with a form of colour blindness sees of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+VISION = {"normal": np.eye(3),
+          "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+          "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]}
+
+
+def lab(rgb, vision):
+    """(..., 3) uint8 sRGB -> CIELAB (D65) as that vision sees it."""
+    rgb = rgb / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.transpose(VISION[vision]), 0, 1)
+    xyz = linear @ np.transpose([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]) / (0.9505, 1, 1.0888)
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+def test_lab_of_known_colours():
+    assert np.allclose(lab(np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0]]), "normal"), [[100, 0, 0], [0, 0, 0], [53.2, 80.1, 67.2]], atol=0.3)
+    red, green = lab(np.array([[200, 60, 0], [110, 110, 0]]), "deuteranopia")
+    assert np.linalg.norm(red - green) < 15  # a brick red and an olive
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("name", BUILTIN)
+def test_palette_parts_classes_that_touch_also_for_the_colour_blind(name, vision):
+    domain = builtin_domain(name)
+    seen = lab(domain.palette(), vision)
+    distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)  # below 2 is hardly seen, 10 at a glance
+    touch = domain.intra_mask().numpy() > 0
+    touch[0] = touch[:, 0] = True  # every part lies somewhere before the background
+    np.fill_diagonal(touch, False)
+    a, b = np.unravel_index(np.where(touch, distance, np.inf).argmin(), distance.shape)
+    assert distance[a, b] > 18, f"{domain.classes[a]} and {domain.classes[b]}"
+
+
 def test_palette_of_synonyms_and_unknown_names():
     names = ("background", "glasses", "sunglasses", "hat", "headwear", "Left-Shoe", "shoes", *(f"thing {i}" for i in range(60)))
     palette = LabelDomain("mine", names).palette().tolist()

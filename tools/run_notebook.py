@@ -1,0 +1,84 @@
+"""Run notebooks without Jupyter: plain Python executes the cells in order and stores their outputs.
+
+    python tools/run_notebook.py notebooks/*.ipynb            refresh the stored outputs
+    python tools/run_notebook.py --check notebooks/*.ipynb    only run; the files stay as they are
+
+A cell may hold nothing but Python. Stored are what it prints and the value of its last line: as a picture where the value has
+`_repr_png_` (a PIL image has), else as text. The working directory is the notebook's folder. An error names the cell and its line.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import io
+import json
+import linecache
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+
+def source_of(cell):
+    """A cell's source; nbformat allows a string and a list of lines."""
+    return "".join(cell["source"])
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def execute(notebook):
+    """Run the code cells of a parsed .ipynb in one namespace, and put outputs and execution_count into them."""
+    namespace = {"__name__": "__main__"}
+    for count, cell in enumerate(code_cells(notebook), 1):
+        name, source = f"<cell {count}>", source_of(cell)
+        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name  # tracebacks and inspect show its lines
+        tree = ast.parse(source, name)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        printed, value = io.StringIO(), None
+        with contextlib.redirect_stdout(printed):
+            exec(compile(tree, name, "exec"), namespace)
+            if last and not source.rstrip().endswith(";"):
+                value = eval(compile(last, name, "eval"), namespace)
+        cell["execution_count"] = count
+        cell["outputs"] = outputs_of(printed.getvalue(), value, count)
+
+
+def outputs_of(printed, value, count):
+    outputs = []
+    if printed:
+        outputs.append({"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)})
+    if value is not None:
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an address would differ every time
+        data = {"text/plain": text.splitlines(keepends=True)}
+        if hasattr(value, "_repr_png_"):
+            data["image/png"] = base64.b64encode(value._repr_png_()).decode()
+        outputs.append({"data": data, "execution_count": count, "metadata": {}, "output_type": "execute_result"})
+    return outputs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="run only, store nothing")
+    args = parser.parse_args()
+    start = os.getcwd()
+    for path in args.notebooks:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        began, modules = time.time(), list(sys.path)
+        os.chdir(path.parent)
+        try:
+            execute(notebook)
+        finally:
+            os.chdir(start)
+            sys.path[:] = modules
+        if not args.check:
+            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{path}: {len(code_cells(notebook))} cells, {time.time() - began:.1f} s, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
