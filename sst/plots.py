@@ -317,14 +317,6 @@ def smooth(values, window=9):
     return [float(np.mean(values[max(0, i + 1 - window):i + 1])) for i in range(len(values))]
 
 
-def as_image(figure):
-    """A matplotlib figure as a PIL image, which a notebook shows where it is the last line of a cell."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
 def sampling_points(image, chosen, reference, locations, weights):
     """Where queries of deformable attention look: one picture of the photo for each, as a PIL image.
 
@@ -352,7 +344,7 @@ def sampling_points(image, chosen, reference, locations, weights):
     dots += [Line2D([], [], linestyle="", marker=markers[m % 8], color="0.4", label=f"head {m + 1}") for m in range(M)]
     key.legend(handles=dots, loc="center left", fontsize=8, frameon=False)
     key.axis("off")
-    return as_image(figure)
+    return rendered(figure)
 
 
 def heat_map(matrix, title, xlabel="", ylabel="", lines=(), path=None):
@@ -373,7 +365,7 @@ def heat_map(matrix, title, xlabel="", ylabel="", lines=(), path=None):
         axis.plot(*np.asarray(path)[-1], "o", color="#dc267f", markersize=8, markeredgecolor="black")
     axis.set_title(title, fontsize=10)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    return as_image(figure)
+    return rendered(figure)
 
 
 def timings(x, times, xlabel):
@@ -393,4 +385,4 @@ def timings(x, times, xlabel):
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return as_image(figure)
+    return rendered(figure)
