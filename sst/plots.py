@@ -326,10 +326,10 @@ def sampling_points(image, chosen, reference, locations, weights):
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    figure = Figure(figsize=(2.5 * len(chosen) + 1, 2.75), dpi=110, layout="constrained")
+    figure = Figure(figsize=(2.5 * len(chosen) + 1, 2.85), dpi=110, layout="constrained")
     *axes, key = figure.subplots(1, len(chosen) + 1, squeeze=False, width_ratios=[2.5] * len(chosen) + [1])[0]
     H, W = image.shape[:2]
-    colours, markers, (_, M, L, _) = ("#ffb000", "#fe6100", "#dc267f", "#648fff"), "o^sDvP*X", weights.shape
+    colours, markers, (_, M, L, _) = ("#ffb000", "#dc267f", "#648fff", "#009e73"), "o^sDvP*X", weights.shape
     for axis, (title, q) in zip(axes, chosen.items()):
         axis.imshow(image, extent=(0, W, H, 0), interpolation="nearest")
         for m in range(M):
