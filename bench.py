@@ -5,6 +5,8 @@
     python bench.py --json              one object instead of tables
 
 Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from the same run.
+On a GPU the operator gets 8 images, in float32 and in bfloat16, and its forward's GB/s (inputs read and output written, once each) stand
+beside the rate at which the GPU copies.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import torch
 
@@ -30,76 +33,98 @@ def medians(rivals, rounds):
     times = {name: [] for name in rivals}
     for round in range(rounds + 2):  # two to warm up
         for name, call in rivals.items():
-            synchronize()
-            started = time.perf_counter()
-            call()
-            synchronize()
+            taken = timed(call)
             if round > 1:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(taken)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(call):
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()  # keeps the GPU busy while the next one is prepared
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def copy_rate():
+    """GB/s that the GPU reads and writes while it copies 1 GiB."""
+    source = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, 9)["copy"] / 1e9
 
 
 def operator_inputs(device, dtype=torch.float32):
-    """One image at 512x512: 5,376 queries, 8 heads of 32 channels, 4 points; places a few pixels around each query."""
+    """One image at 512x512, or 8 on a GPU: 5,376 queries, 8 heads of 32 channels, 4 points; places a few pixels around each query."""
     torch.manual_seed(0)
+    B = 8 if device.type == "cuda" else 1
     S = sum(h * w for h, w in PHOTO)
     grids = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in PHOTO]
     centres = torch.cat([torch.stack([x, y], dim=-1).reshape(-1, 2) for y, x in grids])
-    locations = centres[None, :, None, None, None] + 0.04 * torch.randn(1, S, 8, 3, 4, 2)
-    weights = torch.randn(1, S, 8, 12).softmax(-1).view(1, S, 8, 3, 4)
-    return [t.to(device, dtype).requires_grad_() for t in (torch.randn(1, S, 8, 32), locations, weights)]
+    locations = centres[None, :, None, None, None] + 0.04 * torch.randn(B, S, 8, 3, 4, 2)
+    weights = torch.randn(B, S, 8, 12).softmax(-1).view(B, S, 8, 3, 4)
+    value = torch.randn(B, S, 8, 32).to(dtype)
+    return [t.to(device).requires_grad_() for t in (value, locations, weights)]
 
 
 def operators(device):
     """{name: function of value, locations, weights} of all backends that run here, and of the peer where it is installed."""
-    calls = {name: lambda v, l, w, name=name: deform_attn(v, PHOTO, l, w, backend=name) for name in ("sparse", "grid_sample")
-             if name != "sparse" or (device.type == "cpu" and torch.backends.mkl.is_available())}
+    can_run = {"triton": device.type == "cuda" and find_spec("triton"),
+               "sparse": device.type == "cpu" and torch.backends.mkl.is_available(), "grid_sample": True}
+    calls = {name: lambda v, l, w, name=name: deform_attn(v, PHOTO, l, w, backend=name) for name in can_run if can_run[name]}
     try:
         from torch_ms_deform_attn import ms_deform_attn
     except ImportError:
         return calls
     shapes = torch.tensor(PHOTO, device=device)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-    calls[PEER] = lambda v, l, w: ms_deform_attn(v, shapes, starts, l, w)
+    calls[PEER] = lambda v, l, w: ms_deform_attn(v.float(), shapes, starts, l, w).to(v.dtype)  # as under autocast: float32 inside
     return calls
 
 
 def bench_operator(device, rounds):
-    tensors = operator_inputs(device)
-    G = torch.randn(1, tensors[0].shape[1], 256, device=device)
-    calls = operators(device)
-
-    def forward(call):
-        with torch.no_grad():
-            call(*tensors)
-
-    def both(call):
-        torch.autograd.grad(call(*tensors), tensors, G)
-
     result = {}
-    for what, run in (("forward", forward), ("forward + backward", both)):
-        for name, seconds in medians({name: (lambda call=call: run(call)) for name, call in calls.items()}, rounds).items():
-            result.setdefault(name, {})[f"{what} ms"] = 1000 * seconds
-    for name in calls:
-        result[name]["peak MiB"] = peak_memory(name)
+    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+        tensors = operator_inputs(device, getattr(torch, dtype))
+        out = deform_attn(tensors[0], PHOTO, *tensors[1:])
+        G = torch.randn_like(out)
+        calls = operators(device)
+
+        def forward(call):
+            with torch.no_grad():
+                call(*tensors)
+
+        def both(call):
+            torch.autograd.grad(call(*tensors), tensors, G)
+
+        for what, run in (("forward", forward), ("forward + backward", both)):
+            for name, taken in medians({name: (lambda call=call: run(call)) for name, call in calls.items()}, rounds).items():
+                result.setdefault(f"{name}, {dtype}", {})[f"{what} ms"] = 1000 * taken
+        for name in calls:
+            row = result[f"{name}, {dtype}"]
+            row["peak MiB"] = peak_memory(name, dtype)
+            if device.type == "cuda":
+                row["forward GB/s"] = sum(t.nbytes for t in (*tensors, out)) / row["forward ms"] / 1e6
     return result
 
 
-def peak_memory(name):
+def peak_memory(name, dtype):
     """MiB that forward and backward of an operator add to a fresh process."""
-    code = f"import bench; bench.one_pass({name!r})"
+    code = f"import bench; bench.one_pass({name!r}, {dtype!r})"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def one_pass(name):
+def one_pass(name, dtype):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors, call = operator_inputs(device), operators(device)[name]
-    G = torch.randn(1, tensors[0].shape[1], 256, device=device)
+    tensors, call = operator_inputs(device, getattr(torch, dtype)), operators(device)[name]
+    B, S, M, d = tensors[0].shape
+    G = torch.randn(B, S, M * d).to(tensors[0])
     measure = torch.cuda.max_memory_allocated if device.type == "cuda" else peak_resident
     before = measure()
     torch.autograd.grad(call(*tensors), tensors, G)
@@ -164,8 +189,8 @@ def bench_step(device, rounds):
 
 def table(title, rows):
     columns = list(next(iter(rows.values())))
-    lines = [f"\n{title:<34}" + "".join(f"{column:>24}" for column in columns)]
-    return "\n".join(lines + [f"{name:<34}" + "".join(f"{row[column]:>24.2f}" for column in columns) for name, row in rows.items()])
+    lines = [f"\n{title:<44}" + "".join(f"{column:>24}" for column in columns)]
+    return "\n".join(lines + [f"{name:<44}" + "".join(f"{row[column]:>24.2f}" for column in columns) for name, row in rows.items()])
 
 
 def main():
@@ -180,6 +205,8 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        about["copy GB/s"] = round(copy_rate())
     results = {"about": about}
     for name, bench in (("operator", bench_operator), ("network", bench_network), ("step", bench_step)):
         if args.only in (None, name):

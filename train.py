@@ -3,21 +3,28 @@
     python train.py --mode universal                                        the built-in figures, minutes on a CPU
     torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR          as published
     torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR       as published
+    python train.py --check --data NAME=DIR ...                             reads every file, reports on the data
     python train.py --help                                                  every flag
+
+What a step sees follows from the seed and the step alone, so a run may be split, killed and resumed: docs/reliability.md.
 """
 
 import json
 import math
+import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, config as settings, distributed
 from sst.batches import Crops, Schedule, collate
+from sst.check import report
 from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
@@ -42,18 +49,22 @@ def parameter_groups(model, config):
 
 
 def main():
-    config = settings.resolve()
     rank, world, device = distributed.start()
-    if config["mode"] == "dedicated" and not config["resume"]:
-        config["out"] = distributed.agree(str(settings.free_folder(config)))  # both steps write into it
+    config = settings.resolve(agree=distributed.agree)
+    if config["check"]:
+        sys.exit(report(settings.stages(config), open_data) if rank == 0 else 0)
+    config["global_batch"] = config["global_batch"] or config["batch_size"] * world
+    if not config["resume"]:
+        config["out"] = distributed.agree(str(settings.free_folder(config)))
     stages = settings.stages(config)
     # What is wrong with the second step's data or masks is found before the first.
     domains = [[dataset.domain for dataset in open_data(stage)[0]] for stage in stages]
     if len(stages) == 2:
         build_sst(stages[1], domains[1], 8, sources=domains[0])
-    for stage in stages:
-        train(stage, rank, world, device)
-        distributed.wait()  # the next step reads what the first process has written
+    with distributed.Interruption() as interruption:
+        for stage in stages:
+            train(stage, stages[-1], rank, world, device, interruption)
+            distributed.wait()  # the next step reads what the first process has written
     distributed.stop()
 
 
@@ -71,19 +82,18 @@ def open_data(config):
     return train, val
 
 
-def train(config, rank, world, device):
-    """One training: universal parsing, or a step of dedicated parsing."""
+def train(config, run, rank, world, device, interruption):
+    """One training: universal parsing, or a step of dedicated parsing. run: the settings of the last step."""
     def say(text):
         if rank == 0:
             print(text, flush=True)
 
     train, val = open_data(config)
     domains = [dataset.domain for dataset in train]
+    lists = {d.name: [len(t), zlib.crc32("\n".join(Path(t.where(i)).name for i in range(len(t))).encode())] for d, t in zip(domains, train)}
 
     # A step is K micro-batches of B crops, dealt whole to the processes.
-    B = config["batch_size"]
-    K = (config["global_batch"] or B * world) // B
-    config["global_batch"] = K * B
+    B, K = config["batch_size"], config["global_batch"] // config["batch_size"]
     if K % world:
         raise InputError(f"--global-batch {K * B}: {K} micro-batches of {B} cannot be dealt evenly to {world} processes")
     schedule = Schedule([len(dataset) for dataset in train], B, config["seed"])
@@ -92,23 +102,43 @@ def train(config, rank, world, device):
 
     # The model, its optimiser, and where it stands.
     start = config["source_checkpoint"] or config["init_from"]
-    origin = checkpoint.load(f"{start}/last.pt", "run") if start else None
-    model = build(config, domains, origin)
-    inherited = inherit(model, domains, origin, f"{start}/last.pt") if config["init_from"] else ""
+    state, path = checkpoint.load_last(config["out"]) if config["resume"] else (None, None)
+    origin = checkpoint.load(f"{start}/last.pt", "run") if start and not (state and config["init_from"]) else None
+    model = build(config, domains, origin, resumed=state is not None)
+    inherited = inherit(model, domains, origin, f"{start}/last.pt") if origin and config["init_from"] else ""
     model.to(device, memory_format=torch.channels_last).train()
+    if config["sync_bn"]:
+        if device.type != "cuda":
+            raise InputError("--sync-bn: PyTorch has it for GPUs only; leave it out")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = partial(L_d, target=domains[0].name) if config["mode"] == "dedicated" else L_u
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], betas=(0.9, config["adam_beta2"]), fused=True)
-    step, best = 0, -1.0
-    if config["resume"]:
-        path = f"{config['resume']}/last.pt"
-        state = checkpoint.load(path, "run")
+    half = precision(config["precision"], device)
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+    step, best, counts = 0, -1.0, {"skipped_steps": 0, "skipped_in_a_row": 0, "skipped_files": 0}
+    if state:
+        settings.check_unchanged(config, state, path)
+        if changed := [name for name in lists if lists[name] != state["lists"].get(name)]:
+            raise InputError(f"{path}: the training list of '{changed[0]}' had {state['lists'][changed[0]][0]} photos when the run began, and "
+                             f"has {lists[changed[0]][0]} now, or others; put the list back, or start a new run")
         checkpoint.load_weights(model, state["weights"], path)
         optimizer.load_state_dict(state["optimizer"])
-        step, best = state["step"], state["best"]
-    out = settings.open_folder(config) if rank == 0 else None
+        scaler.load_state_dict(state["scaler"])
+        step, best, counts = state["step"], state["best"], state["counts"]
+    out = Path(config["out"])
+    if step == steps and (out / "samples.png").exists():
+        return say(f"{out}: this run is finished, all {steps} steps of it")
     say(f"writing to {out}")
+    if rank == 0:
+        settings.open_folder(run)
+        settings.open_folder(config)
     log = open_log(out, step) if rank == 0 else None
-    say("\n".join(f"  {key:<18} {value}" for key, value in config.items() if value is not None and key not in ("out", "resume")))
+
+    def write(kind, **fields):
+        if rank == 0:
+            print(json.dumps({"step": step, "epoch": round(step / epoch_steps, 4), "kind": kind, **fields}), file=log, flush=True)
+
+    say("\n".join(f"  {key:<18} {value}" for key, value in config.items() if value not in (None, False) and key not in ("out", "resume")))
     say(f"{len(domains)} label domains: " + ", ".join(f"{d.name} ({d.num_classes} classes, {len(t)} training and {len(v)} validation "
                                                      f"images)" for d, t, v in zip(domains, train, val)))
     kept = sum(p.numel() for p in model.net.parameters())
@@ -118,85 +148,125 @@ def train(config, rank, world, device):
     say(f"{kept:,} parameters are kept, {dropped:,} of SST{' and the frozen source' if hasattr(model, 'source') else ''} are dropped after "
         f"training; {steps} steps of {K * B} "
         f"images; device {device}, {world} process{'es' if world > 1 else ''}")
+    if config["resume"]:
+        say(f"goes on after step {step} ({path})" if state else "interrupted before its first checkpoint: begins again")
 
+    if config["compile"]:
+        model.net.features = torch.compile(model.net.features)
     wrapped = model
     if world > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     norms = distributed.StepBatchNorm(model.net)
     mine = (schedule[s * K + k] for s in range(step, steps) for k in range(rank, K, world))
-    loader = torch.utils.data.DataLoader(Crops(train, config["size"], config["crop"], config["seed"], config["scale"]), batch_sampler=mine,
-                                         num_workers=config["workers"], collate_fn=collate, pin_memory=device.type == "cuda",
-                                         prefetch_factor=4 if config["workers"] else None)
+    loader = torch.utils.data.DataLoader(
+        Crops(train, config["size"], config["crop"], config["seed"], config["scale"], config["skip_bad"]), batch_sampler=mine,
+        num_workers=config["workers"], collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=distributed.deaf,
+        prefetch_factor=4 if config["workers"] else None)
     batches = iter(loader)
-    started, first_step, printed, waited = time.time(), step, 0.0, 0.0
+    started = mark = time.time()
+    first_step, logged, printed, waited, total_wait = step, step, 0.0, 0.0, 0.0
     drop_step = round(config["drop_at"] * steps)
     results = None
 
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = config["lr"] * group["scale"] * (0.1 if step >= drop_step else 1.0)
-        sums = {}
+        seen, unread = [], []
         norms.begin()
         for k in range(rank, K, world):
+            torch.manual_seed((config["seed"] << 32) + step * K + k)  # a network of yours may have dropout
             asked = time.time()
             batch = next(batches)
             waited += time.time() - asked
             if isinstance(batch, InputError):
                 raise batch
-            images, labels, domain, _ = batch
+            images, labels, domain, names, skipped = batch
+            unread += [[step * K + k, what] for what in skipped]
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             last = k + world >= K
             with nullcontext() if last or world == 1 else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(device.type, half, enabled=half is not None):
                     terms, X = wrapped(images, labels, domain)
                     terms["total"] = objective(terms, alpha=config["alpha"], beta=config["beta"], lam=config["lam"])
-                (terms["total"] * world / K).backward()  # DDP averages over the processes
+                scaler.scale(terms["total"] * world / K).backward()  # DDP averages over the processes
             norms.collect()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach() / K
+            seen.append((names, torch.stack([value.detach() for value in terms.values()])))
         norms.finish(K)
-        optimizer.step()
+
+        # Whatever happened to one process in this step, all of them know.
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        finite = torch.stack([norm, *(values.sum() for _, values in seen)]).isfinite().all()
+        events = torch.tensor([interruption.signal > 0, not finite, len(unread)], dtype=torch.float64, device=device)
+        interrupted, bad, unreadable = distributed.total(events).tolist()
+        if bad:
+            norms.undo()
+        else:
+            if config["clip"]:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config["clip"], norm)
+            scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        if step % config["log_every"] == 0 or step == 1 or step == steps:
-            values = distributed.total(torch.stack(list(sums.values()))).tolist()
-            for name, value in zip(sums, values):
-                if not math.isfinite(value):
-                    raise InputError(f"step {step}: the loss term {name} is {value}, so training has diverged; lower --lr {config['lr']:g}")
-            elapsed = time.time() - started
-            line = {"step": step, "epoch": round(step / epoch_steps, 4), "kind": "train", "loss": dict(zip(sums, values)),
-                    "lr": optimizer.param_groups[-1]["lr"],
-                    "cos": {name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), (x[0], *x[1:][-1:]))} for name, x in X.items()},
-                    "time": {"seconds": elapsed, "images_per_second": (step - first_step) * K * B / elapsed, "waiting": waited / elapsed}}
-            if rank == 0:
-                print(json.dumps(line), file=log, flush=True)
+        if unreadable:
+            files = [what for _, what in distributed.gather(unread)]
+            counts["skipped_files"] += len(files)
+            write("unreadable", files=files)
+            say("\n".join(f"step {step}: {what}; another photo took its place" for what in files))
+        counts["skipped_in_a_row"] = counts["skipped_in_a_row"] + 1 if bad else 0
+        if bad or step % config["log_every"] == 0 or step == 1 or step == steps:
+            losses = dict(zip(terms, distributed.total(sum(values for _, values in seen) / K).tolist()))
+        if bad:
+            counts["skipped_steps"] += 1
+            files = (distributed.gather([name for names, values in seen if not values.isfinite().all() for name in names])
+                     or distributed.gather([name for names, _ in seen for name in names]))  # the gradient alone is not finite
+            what = ", ".join(name for name, value in losses.items() if not math.isfinite(value)) or "the gradient"
+            write("skipped", loss={name: value if math.isfinite(value) else None for name, value in losses.items()}, files=files)
+            say(f"step {step} skipped: not finite: {what}; images: {', '.join(files)}")
+            if counts["skipped_in_a_row"] == config["max_skips"]:
+                raise InputError(f"step {step}: {what} not finite for {config['max_skips']} steps in a row: training has diverged; lower --lr "
+                                 f"{config['lr']:g} or set --clip 1")
+        elif step % config["log_every"] == 0 or step == 1 or step == steps:
+            elapsed, interval = time.time() - started, step - logged
+            write("train", loss=losses, lr=optimizer.param_groups[-1]["lr"],
+                  cos={name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), (x[0], *x[1:][-1:]))} for name, x in X.items()},
+                  skipped={key: counts[f"skipped_{key}"] for key in ("steps", "files")},
+                  time={"seconds": elapsed, "images_per_second": (step - first_step) * K * B / elapsed, "step": (time.time() - mark) / interval,
+                        "wait": waited / interval, "peak_memory": distributed.peak_memory(device)})
+            total_wait += waited
+            mark, logged, waited = time.time(), step, 0.0
             if time.time() - printed > 3 or step == steps:
                 printed = time.time()
                 left = elapsed / (step - first_step) * (steps - step)
-                say(f"step {step}/{steps}  epoch {step / epoch_steps:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in line["loss"].items())
-                    + f"  lr {line['lr']:.0e}  {line['time']['images_per_second']:.1f} images/s  {clock(left)} left")
+                say(f"step {step}/{steps}  epoch {step / epoch_steps:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in losses.items())
+                    + f"  lr {optimizer.param_groups[-1]['lr']:.0e}  {(step - first_step) * K * B / elapsed:.1f} images/s, "
+                    f"{100 * total_wait / elapsed:.0f} % waiting for them  {clock(left)} left")
 
         V = config["validations"]
-        if step * V // steps > (step - 1) * V // steps:
+        validating = step * V // steps > (step - 1) * V // steps
+        if validating:
             results = validate(model.net, val, config["size"], rank, world, device)
             miou = {name: result["miou"] for name, result in results.items()}
             average = sum(miou.values()) / len(miou)
             say(f"validation after step {step}: mIoU " + "  ".join(f"{name} {value:.2f}" for name, value in miou.items())
                 + f"  mean {average:.2f} %")
-            if rank == 0:
-                print(json.dumps({"step": step, "epoch": round(step / epoch_steps, 4), "kind": "val", "miou": miou,
-                                  "mean_accuracy": {name: result["mean_accuracy"] for name, result in results.items()},
-                                  "time": {"seconds": time.time() - started}}), file=log, flush=True)
-                if average > best:
-                    best = average
+            write("val", miou=miou, mean_accuracy={name: result["mean_accuracy"] for name, result in results.items()},
+                  time={"seconds": time.time() - started})
+            if average > best:
+                best = average
+                if rank == 0:
                     checkpoint.save(checkpoint.model_content(model.net, domains), out / "best.pt")
-        if rank == 0 and (step * V // steps > (step - 1) * V // steps or step % 1000 == 0):
-            save_run(out, model, domains, optimizer, step, best, config)
+        if rank == 0 and (validating or step % config["save_every"] == 0 or step == steps or interrupted):
+            checkpoint.save_last(checkpoint.model_content(model.net, domains) | {
+                "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "best": best,
+                "counts": counts, "lists": lists, "config": config}, out)
+        if interrupted:
+            distributed.wait()  # torchrun ends the others as soon as one has ended
+            say(f"interrupted by a signal; step {step} is saved, --resume {out} goes on")
+            sys.exit(128 + (interruption.signal or signal.SIGTERM))
 
-    if rank == 0:
-        save_run(out, model, domains, optimizer, step, best, config)
     if config["validations"] and results is None:  # resumed when nothing was left to train
         results = validate(model.net, val, config["size"], rank, world, device)
     if rank == 0:
@@ -224,11 +294,12 @@ def validate(net, datasets, size, rank, world, device):
     return results
 
 
-def save_run(out, model, domains, optimizer, step, best, config):
-    """last.pt: everything needed to go on."""
-    content = checkpoint.model_content(model.net, domains)
-    content |= {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best, "config": config}
-    checkpoint.save(content, out / "last.pt")
+def precision(name, device):
+    """The dtype of autocast; None for float32."""
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
 
 
 def finish(out, model, domains, val, results, best, passes, config, say):
@@ -267,3 +338,8 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"train.py: a loading process has ended ({str(error).strip().splitlines()[0]}); it may have run out of memory: go on with "
+                 f"--resume, perhaps with fewer --workers")

@@ -59,32 +59,39 @@ class Crops(torch.utils.data.Dataset):
 
     datasets: one per domain. size: (H, W) that photos are fitted into first, or None. crop: (H, W) of the training window.
     scale: range of the random resize.
-    An unusable file is returned as the InputError that names it: raised in a worker it would end in a foreign traceback.
+    An unusable file is returned as the InputError that names it: raised in a worker it would end in a foreign traceback. With
+    `skip_bad` the next sample of the list that can be used takes its place, and a fifth item tells what was wrong.
     """
 
-    def __init__(self, datasets, size, crop, seed, scale=(0.5, 2)):
-        self.datasets, self.size, self.crop, self.seed, self.scale = datasets, size, crop, seed, scale
+    def __init__(self, datasets, size, crop, seed, scale=(0.5, 2), skip_bad=False):
+        self.datasets, self.size, self.crop, self.seed, self.scale, self.skip_bad = datasets, size, crop, seed, scale, skip_bad
 
     def __getitem__(self, key):
         d, epoch, index = key
-        try:
-            image, label = self.datasets[d].load(index)
-        except InputError as error:
-            return error
+        skipped = []
+        while True:
+            try:
+                image, label = self.datasets[d].load(index, self.size)
+                break
+            except InputError as error:
+                skipped.append(str(error))
+                if not self.skip_bad or len(skipped) == len(self.datasets[d]):
+                    return error
+                index = (index + 1) % len(self.datasets[d])
         if self.size is not None:
             image, label, _ = fit(image, self.size, label)
         rng = np.random.default_rng((self.seed, d, epoch, index))
         image, label = augment(image, label, rng, self.crop, flip_table(self.datasets[d].domain), self.scale)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), d, self.datasets[d].where(index)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), d, self.datasets[d].where(index), skipped
 
 
 def collate(samples):
-    """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B], names [B]; or the first InputError among them."""
+    """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B], names [B], skipped [...]; or the first InputError among them."""
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
-    images, labels, domain, names = zip(*samples)
-    return torch.stack(images), torch.stack(labels), list(domain), list(names)
+    images, labels, domain, names, skipped = zip(*samples)
+    return torch.stack(images), torch.stack(labels), list(domain), list(names), [what for each in skipped for what in each]
 
 
 def flip_table(domain):
@@ -99,13 +106,13 @@ def fit(image, size, label=None):
 
     Returns image (H, W, 3), label (H, W) or None, and the box (top, left, height, width) of the photo therein.
     """
-    h, w = image.shape[:2]
+    h, w = (image if label is None else label).shape[:2]  # the photo may have been read at a part of its size
     H, W = size
     scale = min(H / h, W / w)
     height, width = max(1, min(H, round(h * scale))), max(1, min(W, round(w * scale)))
     top, left = (H - height) // 2, (W - width) // 2
     box = (top, left, height, width)
-    image = paste(image, (H, W), box, (0, 0, w, h), MEAN_COLOUR, Image.Resampling.BILINEAR)
+    image = paste(image, (H, W), box, (0, 0, *image.shape[1::-1]), MEAN_COLOUR, Image.Resampling.BILINEAR)
     if label is not None:
         label = paste(label, (H, W), box, (0, 0, w, h), IGNORE, Image.Resampling.NEAREST)
     return image, label, box

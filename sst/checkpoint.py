@@ -1,12 +1,13 @@
-"""Files of a run: the kept network (model.pt, best.pt) and everything needed to resume (last.pt).
+"""Files of a run: the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and previous.pt before it).
 
-All are loaded with weights_only=True: a stranger's file runs no code.
+All are loaded with weights_only=True: a stranger's file runs no code. All are read against the checksums that they hold: a
+file that was damaged is refused, never loaded.
 """
 
 import json
 import os
-import pickle
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,15 +19,59 @@ from .model import from_spec
 FORMAT = 1
 
 
-def save(content, path):
-    """torch.save through a temporary name: a crash while writing leaves the file that was there before."""
+@contextmanager
+def written_whole(path):
+    """A file, open for writing, that appears under its name once it is whole: what was there before survives a crash or a full disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(content, path):
+    """torch.save to a file that is whole or not there. Raises InputError where it cannot be written."""
+    try:
+        with written_whole(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides what the disk said
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk is full, or the folder cannot be written"
+        raise InputError(f"{path}: could not be written ({reason}); what was there before is whole: free some space, then go on with "
+                         f"--resume {Path(path).parent}") from None
+
+
+def save_last(content, folder):
+    """Everything needed to resume, to last.pt; the checkpoint before it becomes previous.pt."""
+    last, fresh = Path(folder) / "last.pt", Path(folder) / "fresh.pt"
+    save(content, fresh)
+    if last.exists():
+        os.replace(last, last.with_name("previous.pt"))
+    os.replace(fresh, last)
+
+
+def load_last(folder):
+    """(content, path) of a run's last checkpoint; (None, None) where it was interrupted before the first.
+
+    Raises InputError for a damaged one, with the way to the one before it.
+    """
+    last, previous = Path(folder) / "last.pt", Path(folder) / "previous.pt"
+    if not last.exists() and previous.exists():  # interrupted between the two renamings of save_last
+        last = previous
+    if not last.exists():
+        return None, None
+    try:
+        return load(last, "run"), last
+    except InputError as error:
+        if last == previous or not previous.exists():
+            raise
+        step = load(previous, "run")["step"]
+        raise InputError(f"{error}; the checkpoint before it, of step {step}, is whole: mv {previous} {last}") from None
 
 
 def load(path, kind):
@@ -34,8 +79,11 @@ def load(path, kind):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a {'model.pt or best.pt' if kind == 'model' else 'last.pt'} that train.py wrote")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # a checksum is wrong; torch.load does not look at them
+                raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:  # a damaged file leads the readers of zip and pickle to whatever they raise
         raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it again or use another "
                          f"checkpoint of the run") from None
     wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer", "best", "config"} if kind == "run" else set())

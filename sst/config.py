@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
-from .checkpoint import load
+from .checkpoint import load, written_whole
 from .domains import BUILTIN
 from .errors import InputError
 from .model import ARCHS
@@ -13,13 +14,15 @@ from .model import ARCHS
 # backbone rate) it is Mask2Former's.
 PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=4, epochs=150, steps=None, lr=1e-4,
              adam_beta2=0.999, backbone_lr_scale=0.1, weight_decay=0.05, drop_at=125 / 150, alpha=10.0, beta=1.0, lam=5.0, validations=30,
-             log_every=20, workers=4)
+             log_every=20, save_every=1000, workers=4)
 SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=3e-3,
                      adam_beta2=0.98, backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
 # The figures vary in size already, and minutes are few: the demo does not resize them, and takes many small steps.
 DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=2900, validations=2)
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
+# What may change when a run goes on: none of it changes what is learned from data that can be read.
+FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
 
 
 def pair(text):
@@ -48,7 +51,9 @@ def parser():
     g.add_argument("--preset", choices=list(PRESETS), help="demo (default without --data), small (the demo's network, for photos), "
                    "paper (default with --data: the published settings)")
     g.add_argument("--out", metavar="DIR", help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ...")
-    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its settings")
+    g.add_argument("--resume", metavar="DIR|auto", help="go on with the run in DIR, at its last checkpoint, with its settings; auto: with "
+                   "the run in --out (without it: the newest of runs/), or begin it where there is none (what a scheduler's requeue runs)")
+    g.add_argument("--check", action="store_true", default=None, help="train nothing: read every file of the data once, report on it")
     g.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation (default 0)")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="label domains and their folders; NAME is one of "
@@ -59,7 +64,9 @@ def parser():
     g.add_argument("--batch-size", type=positive, metavar="B", help="images of a micro-batch, of all domains together")
     g.add_argument("--global-batch", type=positive, metavar="G", help="images of a step, a multiple of B that the processes share "
                    "(default: B per process)")
-    g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process")
+    g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process (--check: one per core)")
+    g.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, naming and counting them: the list's next "
+                   "photo takes their place (default: such a file stops the run)")
     g = p.add_argument_group("dedicated parsing (without data: figures, source cihp, target pascal)")
     g.add_argument("--source", nargs="+", default=[], metavar="NAME=PATH", help="label domains to pre-train on (several: universal parsing)")
     g.add_argument("--target", metavar="NAME=PATH", help="the label domain to transfer to; its head is the one that is kept")
@@ -88,16 +95,28 @@ def parser():
     g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times that")
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--drop-at", type=float, metavar="PART", help="part of the run after which the rate is a tenth (125/150)")
+    g.add_argument("--clip", type=float, metavar="NORM", help="shorten the gradient to this norm (not published; default: off)")
+    g.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on GPUs that have it, fp16 with "
+                   "loss scaling on those that do not, fp32 on CPUs")
+    g.add_argument("--compile", action="store_true", help="torch.compile the kept network (needs a C++ compiler on CPUs)")
+    g.add_argument("--sync-bn", action="store_true", help="batch norm over the micro-batches of all GPUs; the number of GPUs then matters")
+    g.add_argument("--max-skips", type=positive, default=20, metavar="N", help="a step whose loss or gradient is not finite is skipped, named "
+                   "and counted; stop after N of them in a row (20)")
+    g.add_argument("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (last.pt), besides those at validations")
     g.add_argument("--validations", type=int, metavar="N", help="how often validation runs, evenly spread; 0 for never")
     g.add_argument("--log-every", type=positive, metavar="STEPS", help="steps between lines of log.jsonl")
     return p
 
 
-def resolve(argv=None):
-    """Command line -> settings, a plain dict with every field set. Raises InputError for settings that exclude each other."""
+def resolve(argv=None, agree=lambda value: value):
+    """Command line -> settings, a plain dict with every field set. Raises InputError for settings that exclude each other.
+
+    agree: gives every process the first one's answer to a question about the disk.
+    """
     args = vars(parser().parse_args(argv))
-    if args["resume"]:
-        return resumed(args)
+    folder = agree(folder_to_resume(args))
+    if folder:
+        return resumed(given(argv), folder)
     check_scenario(args)
     origin = args["init_from"] or args["source_checkpoint"]
     if origin and Path(origin).is_file():
@@ -115,11 +134,13 @@ def resolve(argv=None):
         raise InputError(f"--epochs {args['epochs']} and --steps {args['steps']}: give one of them")
     if args["epochs"] or args["steps"]:
         preset = preset | dict(epochs=None, steps=None)
+    if args["check"]:
+        preset = preset | dict(workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
                            ("backbone_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
-                           ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1)):
-        if not low <= config[key] <= high:  # also refuses NaN
+                           ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1), ("clip", 1e-12, 1e12)):
+        if config[key] is not None and not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
     if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
         raise InputError(f"--scale {config['scale'][0]} {config['scale'][1]}: give the smaller factor first, such as 0.5 2")
@@ -162,54 +183,123 @@ def stages(config):
     """The trainings of a run, one after another: its settings, or for dedicated parsing those of both steps of Eq. 13.
 
     Step 1 is universal parsing of the sources with the preset's weights of the losses: --beta 0 --lam 0 makes step 2 plain
-    fine-tuning, from the same start.
+    fine-tuning, from the same start. Step 2's settings, saved, give both steps again.
     """
-    if config["mode"] == "universal" or config["resume"]:
+    if config["mode"] == "universal":
         return [config]
     target = config | {"data": [config["target"]] if config["target"] else [], "figures": ["pascal"]}
-    if config["source_checkpoint"]:
+    own_source = f"{config['out']}/source"
+    if config["source_checkpoint"] not in (None, own_source):
         return [target]
     preset = PRESETS[config["preset"]]
     length = {key: config[f"source_{key}"] for key in ("epochs", "steps")}
-    source = config | {key: preset[key] for key in ("alpha", "beta", "lam")} | (length if any(length.values()) else {}) | {
-        "mode": "universal", "data": config["source"], "figures": ["cihp"], "out": f"{config['out']}/source", "fraction": 1.0}
-    return [source, target | {"source_checkpoint": source["out"]}]
+    if not any(length.values()):
+        length = {"epochs": config["epochs"], "steps": None if config["epochs"] else config["steps"]}
+    source = config | {key: preset[key] for key in ("alpha", "beta", "lam")} | length | {
+        "mode": "universal", "data": config["source"], "figures": ["cihp"], "out": own_source, "fraction": 1.0, "source_checkpoint": None}
+    return [source, target | {"source_checkpoint": own_source}]
 
 
-def resumed(args):
-    """The settings of the run that is resumed; flags given beside --resume are refused, since they would change the run."""
-    default = vars(parser().parse_args([]))
-    extra = [key for key, value in args.items() if key not in ("resume", "workers") and value != default[key]]
-    if extra:
-        raise InputError(f"--{extra[0].replace('_', '-')} beside --resume: a resumed run keeps its settings; give --resume alone")
-    config = load(Path(args["resume"]) / "last.pt", "run")["config"]
-    return config | {"resume": args["resume"], "out": args["resume"], "workers": config["workers"] if args["workers"] is None else args["workers"]}
+# Runs that go on ---------------------------------------------------------------------------------------------------------------
 
 
-def fresh_folder(mode):
-    """runs/universal, or the first of runs/universal-2, -3, ... that is not there yet."""
+def given(argv):
+    """The flags that a command line sets, whatever their defaults."""
+    p, unset = parser(), object()
+    args = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), unset))))
+    return {key: value for key, value in args.items() if value is not unset}
+
+
+def folder_to_resume(args):
+    """The folder of the run that the command goes on with; None for a new run."""
+    if args["resume"] not in (None, "auto"):
+        return args["resume"]
+    if args["resume"] is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun started the processes again
+        return None
+    n = numbered(args["mode"]) - 1
+    folder = Path(args["out"]) if args["out"] else run_folder(args["mode"], n)
+    return str(folder) if (args["out"] or n) and (folder / "config.json").is_file() else None
+
+
+def resumed(given, folder):
+    """The settings of the run in `folder`. Raises InputError for a flag that contradicts them."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        before = config["out"]
+        config |= {key: config[key] and tuple(config[key]) for key in ("size", "crop")}
+        defaults = vars(parser().parse_args([]))
+        config = {key: default for key, default in defaults.items() if default is not None} | config
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py began") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: not the settings of a run; put the file back, or start a new run") from None
+    for key, value in given.items():
+        was = config.get(key)
+        if key in ("data", "source", "target") and was:  # folders may have moved; the lists are compared when they are read
+            same = names(value) == names(was)
+        elif key == "out":
+            same = Path(value) == Path(folder)
+        else:
+            same = key in FREE or value == was
+        if not same:
+            value, was = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, was))
+            raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it is {was}; leave the flag out (a "
+                             f"resumed run keeps its settings), or start a new run")
+        config[key] = value
+    if config["source_checkpoint"] == f"{before}/source":
+        config["source_checkpoint"] = f"{folder}/source"
+    return config | {"resume": folder, "out": folder}
+
+
+def names(specs):
+    """["pascal=DIR"] or "pascal=DIR" -> ["pascal"]."""
+    return [spec.partition("=")[0] for spec in ([specs] if isinstance(specs, str) else specs)]
+
+
+def check_unchanged(config, state, path):
+    """Refuse to go on where config.json is not what the checkpoint was trained with."""
+    for key, was in state["config"].items():
+        if key not in (*FREE, "data", "source", "target", "source_checkpoint") and plain(config.get(key)) != plain(was):
+            raise InputError(f"{path}: was trained with --{key.replace('_', '-')} {was}, but config.json beside it says {config.get(key)}; put "
+                             f"config.json back, or start a new run")
+
+
+def plain(value):
+    """As JSON keeps it."""
+    return json.loads(json.dumps(value))
+
+
+def run_folder(mode, n):
+    """runs/universal, runs/universal-2, ..."""
+    return Path("runs") / (mode if n == 1 else f"{mode}-{n}")
+
+
+def numbered(mode):
+    """The number of the first of these folders that is not there yet."""
     n = 1
-    while (folder := Path("runs") / (mode if n == 1 else f"{mode}-{n}")).exists():
+    while run_folder(mode, n).exists():
         n += 1
-    return folder
+    return n
 
 
 def free_folder(config):
-    """The run's folder, as a Path; raises InputError where it holds a run already."""
-    folder = Path(config["out"]) if config["out"] else fresh_folder(config["mode"])
+    """A new run's folder, as a Path; raises InputError where it holds a run already."""
+    folder = Path(config["out"]) if config["out"] else run_folder(config["mode"], numbered(config["mode"]))
     held = [name for name in ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt") if (folder / name).exists()]
-    if held and not config["resume"]:
-        way_on = f", or go on with it: --resume {folder}" if "last.pt" in held else ""
+    if held:
+        way_on = f", or go on with it: --resume {folder}" if "config.json" in held else ""
         raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another folder{way_on}")
     return folder
 
 
 def open_folder(config):
-    """Make the run's folder; raises InputError where it holds a run already or cannot be written."""
-    folder = free_folder(config)
+    """Make the run's folder with its config.json; raises InputError where it cannot be written."""
+    folder = Path(config["out"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        with written_whole(folder / "config.json") as file:
+            file.write((json.dumps(config, indent=1) + "\n").encode())
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder of yours") from None
     return folder

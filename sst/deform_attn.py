@@ -3,7 +3,8 @@
 Ordinary attention lets a query look at every pixel. A deformable query looks at P points on each of L maps, at places that
 it chooses itself. A place between pixels is read bilinearly, from four pixels. So a query's answer is a weighted sum of 4LP
 rows of the value matrix, out of thousands: attention with a sparse matrix. Two bodies compute it in plain PyTorch:
-`sparse_product` builds that matrix and multiplies, `grid_sample` reads the maps as images. They agree to round-off.
+`sparse_product` builds that matrix and multiplies, `grid_sample` reads the maps as images. A third, for GPUs, is the Triton
+kernel of deform_attn_triton.py. They agree to round-off.
 """
 
 import os
@@ -22,8 +23,9 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
     shapes:    [(H_1, W_1), ...] of the L levels.
     locations: (B, Q, M, L, P, 2), x then y; [0, 1] spans a map from outer edge to outer edge, pixel centres at (i + 0.5)/W.
     weights:   (B, Q, M, L, P).
-    backend:   "sparse", "grid_sample", or "auto" for the fastest that can run; the environment's SST_DEFORM_ATTN replaces "auto".
-    Returns (B, Q, D). Raises ValueError for shapes that do not belong together and backends that are none.
+    backend:   "triton", "sparse", "grid_sample", or "auto" for the fastest that can run; the environment's SST_DEFORM_ATTN replaces "auto".
+    Returns (B, Q, D). Raises ValueError for shapes that do not belong together, backends that are none and tensors that "triton" cannot
+    take, ImportError for "triton" where it is not installed.
     """
     B, S, M, d = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
@@ -31,25 +33,38 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
         raise ValueError(f"deform_attn: value {tuple(value.shape)}, shapes {list(shapes)}, locations {tuple(locations.shape)} and "
                          f"weights {tuple(weights.shape)} do not fit (B, S, M, D/M), L x (H, W) with S = sum of H*W, "
                          f"(B, Q, M, L, P, 2), (B, Q, M, L, P)")
+    backend = choose(value, locations, weights, backend)
+    if backend == "triton":
+        try:
+            from .deform_attn_triton import attend
+        except ImportError:
+            raise ImportError("deform_attn: the backend 'triton' needs the package triton, which is not installed; "
+                              "run: pip install triton") from None
+        return attend(value, shapes, locations, weights)  # reads every tensor in its own dtype
     # Sampling places must not be rounded to bfloat16 under autocast: it would move them by a tenth of a pixel and more.
     precise = torch.promote_types(value.dtype, locations.dtype)
     with torch.autocast(value.device.type, enabled=False):
-        out = body(value, backend)(value.to(precise), shapes, locations.to(precise), weights.to(precise))
+        out = PYTORCH[backend](value.to(precise), shapes, locations.to(precise), weights.to(precise))
     return out.to(value.dtype)
 
 
-def body(value, backend="auto"):
-    """The function behind a backend's name: the one place where it is chosen."""
-    bodies = {"sparse": sparse_product, "grid_sample": grid_sample}
+def choose(value, locations, weights, backend="auto"):
+    """The name of the backend: the one place where it is chosen."""
     if backend == "auto":
         backend = os.environ.get("SST_DEFORM_ATTN", "auto")
-    if backend == "auto":
+    if backend == "auto" and value.is_cuda:
+        try:
+            from .deform_attn_triton import refusal
+            backend = "grid_sample" if refusal(value, locations, weights) else "triton"
+        except ImportError:
+            backend = "grid_sample"
+    elif backend == "auto":
         # PyTorch multiplies sparse matrices by MKL, eagerly: a compiled or exported graph cannot hold them.
         sparse = value.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
         backend = "sparse" if sparse else "grid_sample"
-    if backend not in bodies:
-        raise ValueError(f"deform_attn: the backend is {backend!r}; it is one of auto, {', '.join(bodies)}")
-    return bodies[backend]
+    if backend != "triton" and backend not in PYTORCH:
+        raise ValueError(f"deform_attn: the backend is {backend!r}; it is one of auto, triton, {', '.join(PYTORCH)}")
+    return backend
 
 
 def grid_sample(value, shapes, locations, weights):
@@ -167,3 +182,6 @@ def equal_rows(columns, entries, width):
 def csr(starts, columns, entries, width):
     """A sparse matrix in compressed rows: row r has the entries starts[r] to starts[r + 1]."""
     return torch.sparse_csr_tensor(starts, columns.flatten(), entries.flatten(), (len(starts) - 1, width), check_invariants=False)
+
+
+PYTORCH = {"sparse": sparse_product, "grid_sample": grid_sample}

@@ -1,6 +1,9 @@
-"""What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, and one batch norm for all."""
+"""What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, one batch norm for all, and a common end."""
 
+import multiprocessing
 import os
+import signal
+import sys
 import warnings
 
 import torch
@@ -25,7 +28,11 @@ def start():
                              f"use --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if gpu else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store through its restarts, where processes would find the addresses of those that are gone.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -57,6 +64,56 @@ def agree(value):
     return values[0]
 
 
+def gather(values):
+    """The lists of all processes as one, sorted: the same in all of them, and however many they are."""
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, values)
+        values = [value for part in parts for value in part]
+    return sorted(values)
+
+
+def peak_memory(device):
+    """The most that this process has held so far, in GiB: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+class Interruption:
+    """Within its block remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that the training loop can end between two steps.
+
+    `signal` is its number, or 0. A second Ctrl-C ends the process at once.
+    """
+
+    signal = 0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def remember(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        # Loading processes that are left are deaf to the SIGTERM that would end them, and DataLoader takes their end for a failure.
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, watch)
+
+
+def deaf(worker):
+    """Set up a loading process: a signal to the whole group is for the training process, which still needs it to end in order."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StepBatchNorm:
     """Running statistics of batch norm that do not depend on the number of processes.
 
@@ -65,28 +122,36 @@ class StepBatchNorm:
     """
 
     def __init__(self, net):
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
+        self.norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        self.buffers = [b for m in self.norms for b in (m.running_mean, m.running_var)]
 
     def begin(self):
         """Before a step."""
         if self.buffers:
             self.start, self.sum = flat(self.buffers), 0
+            self.seen = int(self.norms[0].num_batches_tracked)
 
     def collect(self):
         """After a micro-batch."""
         if self.buffers:
             self.sum = self.sum + flat(self.buffers)
-            self.write(self.start)
+            self.write(self.start, self.seen)
 
     def finish(self, K):
         """After a step of K micro-batches in all."""
         if self.buffers:
-            self.write(total(self.sum) / K)
+            self.write(total(self.sum) / K, self.seen + K)
 
-    def write(self, values):
+    def undo(self):
+        """Forget a step."""
+        if self.buffers:
+            self.write(self.start, self.seen)
+
+    def write(self, values, seen):
         for buffer, part in zip(self.buffers, values.split([b.numel() for b in self.buffers])):
             buffer.copy_(part)
+        for norm in self.norms:
+            norm.num_batches_tracked.fill_(seen)
 
 
 def flat(buffers):

@@ -219,8 +219,8 @@ class Figures:
     def __len__(self):
         return self.count
 
-    def load(self, i):
-        """image (H, W, 3) uint8 RGB and label (H, W) uint8 of the i-th figure."""
+    def load(self, i, size=None):
+        """image (H, W, 3) uint8 RGB and label (H, W) uint8 of the i-th figure, drawn at its own size."""
         if i not in self.drawn:
             drawn = figure(self.seed, self.offset + self.stride * i, self.size)
             self.drawn[i] = drawn.image, drawn.label(self.domain.name)

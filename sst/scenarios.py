@@ -69,17 +69,18 @@ class Dedicated(Universal):
         return super().forward(images, labels, domain, given=self.source.represent(images, labels.long()))
 
 
-def build(config, domains, origin=None):
+def build(config, domains, origin=None, resumed=False):
     """What a run trains. A seed gives the network the same weights whether SST is there or not.
 
     origin: content of the last.pt (`checkpoint.load`) named by config["source_checkpoint"] or config["init_from"], or None.
+    resumed: the weights will come from a checkpoint of the run itself.
     Raises InputError where a checkpoint does not suit.
     """
     torch.manual_seed(config["seed"])
     net = from_spec(origin["arch"], domains) if origin else ParsingNet(domains, config["arch"])
     if config["backbone_weights"] != "none":
-        if origin or config["resume"]:
-            net.backbone.freeze()  # the weights come from a checkpoint
+        if origin or resumed:
+            net.backbone.freeze()
         else:
             net.backbone.load_imagenet(config["backbone_weights"])
     torch.manual_seed(config["seed"] + 1)

@@ -5,8 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sst.batches import Crops, Schedule, augment, collate, fit, flip_table
+from sst.data import Photos
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
@@ -133,7 +135,7 @@ def test_a_sample_depends_on_its_key_alone():
 
 
 def test_a_batch_has_what_the_network_takes():
-    images, labels, domain, names = collate([crops()[key] for key in ((0, 0, 1), (1, 0, 2))])
+    images, labels, domain, names, skipped = collate([crops()[key] for key in ((0, 0, 1), (1, 0, 2))])
     assert images.shape == (2, 3, 64, 64) and images.dtype == torch.uint8 and labels.shape == (2, 64, 64)
     assert domain == [0, 1] and all("figure" in name for name in names)
 
@@ -142,9 +144,25 @@ def test_a_broken_file_reaches_the_training_loop_as_its_sentence():
     class Broken:
         domain = LabelDomain("x", ("background", "body"))
 
-        def load(self, i):
+        def load(self, i, size=None):
             raise InputError("photo.jpg: broken")
 
     loader = torch.utils.data.DataLoader(Crops([Broken()], None, (32, 32), 0), batch_sampler=[[(0, 0, 0)]], num_workers=1, collate_fn=collate)
     (batch,) = loader
     assert isinstance(batch, InputError) and str(batch) == "photo.jpg: broken"
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
+    """A photo of 900x600 for 64x64: read at a quarter, fitted into the same box with the same label, the same picture but for smoothing."""
+    big = np.kron(np.random.default_rng(0).integers(0, 255, (18, 12, 3), dtype=np.uint8), np.ones((50, 50, 1), np.uint8))
+    Image.fromarray(big).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(3, 2), np.ones((300, 300), np.uint8))).save(tmp_path / "a.png")
+    photos = Photos(builtin_domain("pascal"), [tmp_path / "a.jpg"], [tmp_path / "a.png"])
+    (whole, label), (small, same) = photos.load(0), photos.load(0, (64, 64))
+    assert whole.shape == (900, 600, 3) and small.shape == (225, 150, 3) and np.array_equal(label, same)
+    one, two = fit(whole, (64, 64), label), fit(small, (64, 64), label)
+    assert one[2] == two[2] == (0, 10, 64, 43) and np.array_equal(one[1], two[1])
+    assert np.abs(one[0].astype(int) - two[0]).mean() < 3
+    Image.fromarray(label[:-1]).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a.png: the label map is 600x899 but its photo .* is 600x900"):
+        photos.load(0, (64, 64))

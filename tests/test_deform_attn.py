@@ -1,11 +1,13 @@
 """Deformable attention against its definition: a loop over queries, heads, levels, points and the four pixels."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sst.deform_attn import deform_attn
+from sst.deform_attn import choose, deform_attn
 
 
 @pytest.fixture(params=["sparse", "grid_sample"], autouse=True)
@@ -27,9 +29,10 @@ def by_definition(value, shapes, locations, weights):
                 first = 0
                 for l, (h, w) in enumerate(shapes):
                     for p in range(P):
-                        x, y = (locations[b, q, m, l, p] * torch.tensor([w, h]) - 0.5).tolist()  # in pixels, centres at integers
-                        for i in (math.floor(y), math.floor(y) + 1):
-                            for j in (math.floor(x), math.floor(x) + 1):
+                        x, y = locations[b, q, m, l, p] * torch.tensor([w, h]) - 0.5  # in pixels, centres at integers
+                        top, left = math.floor(y.item()), math.floor(x.item())
+                        for i in (top, top + 1):
+                            for j in (left, left + 1):
                                 if 0 <= i < h and 0 <= j < w:
                                     share = (1 - abs(y - i)) * (1 - abs(x - j))
                                     out[b, q, m] += weights[b, q, m, l, p] * share * value[b, first + i * w + j, m]
@@ -134,5 +137,23 @@ def test_the_bodies_agree_in_float32_at_the_size_of_a_photo(backend):
 
 
 def test_a_backend_that_is_none_is_named():
-    with pytest.raises(ValueError, match="the backend is 'cuda'; it is one of auto, sparse, grid_sample"):
+    with pytest.raises(ValueError, match="the backend is 'cuda'; it is one of auto, triton, sparse, grid_sample"):
         deform_attn(*inputs([(3, 4)]), backend="cuda")
+
+
+def test_auto_on_a_gpu_is_triton_where_it_can_run(monkeypatch):
+    monkeypatch.delenv("SST_DEFORM_ATTN")
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    kernel = SimpleNamespace(refusal=lambda *tensors: None)
+    monkeypatch.setitem(sys.modules, "sst.deform_attn_triton", kernel)
+    assert choose(tensor, tensor, tensor) == "triton"
+    kernel.refusal = lambda *tensors: "it takes no float64"
+    assert choose(tensor, tensor, tensor) == "grid_sample"
+    monkeypatch.setitem(sys.modules, "sst.deform_attn_triton", None)  # as if the package triton were missing
+    assert choose(tensor, tensor, tensor) == "grid_sample"
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sst.deform_attn_triton", None)  # as if the package were missing
+    with pytest.raises(ImportError, match="'triton' needs the package triton, which is not installed; run: pip install triton"):
+        deform_attn(*inputs([(3, 4)]), backend="triton")

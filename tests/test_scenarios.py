@@ -14,6 +14,7 @@ import train
 from sst import checkpoint
 from sst.config import resolve, stages
 from sst.data import fraction_of
+from sst.distributed import Interruption
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
@@ -97,7 +98,7 @@ def target_only(source, tmp_path):
     out = tmp_path / "two"
     config = json.loads((source / "config.json").read_text()) | {"figures": ["atr", "cihp"], "out": str(out), "crop": (64, 64),
                                                                  "size": (64, 64), "scale": (0.8, 1.25), "steps": 1}
-    train.train(config, 0, 1, torch.device("cpu"))
+    train.train(config, config, 0, 1, torch.device("cpu"), Interruption())
     return out
 
 

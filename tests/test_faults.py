@@ -1,0 +1,216 @@
+"""Steps that are not finite, files that break while a run goes on, and flags beside --resume, in one process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import SHORT, TINY, lines, run
+
+import train
+from sst import config as settings, model, scenarios
+from sst.batches import Crops
+from sst.data import Photos
+from sst.domains import builtin_domain
+from sst.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A tiny network, and no pictures."""
+    monkeypatch.setitem(model.ARCHS, "small", TINY)
+    monkeypatch.setattr(train, "finish", lambda *args: None)
+
+
+def spoil(monkeypatch, when, what=float("nan")):
+    """L_seg is `what` for ATR's images in those calls (one a step here): a loss that depends on labels alone goes wrong."""
+    calls, L_seg = [0], scenarios.L_seg
+
+    def spoiled(logits, labels):
+        loss = L_seg(logits, labels)
+        if logits.shape[1] == 18:  # ATR
+            calls[0] += 1
+            if calls[0] in when:
+                return loss * what
+        return loss
+
+    monkeypatch.setattr(scenarios, "L_seg", spoiled)
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monkeypatch, capsys, what):
+    """Step 3 of 4 changes nothing: weights, running statistics and optimiser are those after step 2."""
+    spoil(monkeypatch, {3}, what)
+    run(monkeypatch, *SHORT, "--steps", 4, "--validations", 0, "--save-every", 1, "--out", tmp_path / "run")
+    train_, skipped = ([line for line in lines(tmp_path / "run") if line["kind"] == kind] for kind in ("train", "skipped"))
+    assert [line["step"] for line in train_] == [1, 2, 4] and train_[-1]["skipped"] == {"steps": 1, "files": 0}
+    (line,) = skipped
+    assert line["step"] == 3 and [name for name, value in line["loss"].items() if value is None] == ["seg/atr", "total"]
+    assert len(line["files"]) == 3 and all("figure" in name for name in line["files"])
+    assert "step 3 skipped: not finite: seg/atr, total; images: " in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text() and "Infinity" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    spoil(monkeypatch, {3, 4})
+    run(monkeypatch, *SHORT, "--steps", 4, "--validations", 0, "--save-every", 2, "--out", tmp_path / "run")
+    before, after = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("previous.pt", "last.pt"))
+    assert (before["step"], after["step"]) == (2, 4)
+    assert all(torch.equal(before["weights"][key], after["weights"][key]) for key in before["weights"])
+    for key, state in before["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], after["optimizer"]["state"][key][name]) for name in state)
+    assert after["counts"] == {"skipped_steps": 2, "skipped_in_a_row": 2, "skipped_files": 0}
+
+
+def test_only_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    """A loss may be finite where its gradient is not: sqrt at 0."""
+    L_seg = scenarios.L_seg
+    monkeypatch.setattr(scenarios, "L_seg", lambda logits, labels: L_seg(logits, labels) + (logits * 0).sum().sqrt())
+    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / "run")
+    assert "step 1 skipped: not finite: the gradient; images: " in capsys.readouterr().out
+
+
+def test_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, {2, 4, 5, 6})
+    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training has diverged; lower --lr 0.003 or"):
+        run(monkeypatch, *SHORT, "--steps", 9, "--validations", 0, "--max-skips", 3, "--out", tmp_path / "run")
+
+
+def test_clipping_shortens_the_gradient(tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]).item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    for flags in ([], ["--clip", "0.5"]):
+        run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / f"run{len(flags)}", *flags)
+    assert norms[0] > 5 and norms[1] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_half_precision_trains(tmp_path, monkeypatch, name):
+    """On a CPU too, slowly; fp16 with a loss scale, which is part of the checkpoint."""
+    out = tmp_path / "run"
+    run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--precision", name, "--max-skips", 30, "--out", out)
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert bool(state["scaler"]) == (name == "fp16") and all(w.dtype == torch.float32 for w in state["weights"].values() if w.is_floating_point())
+    assert state["counts"]["skipped_steps"] < 2 or state["scaler"]["scale"] < 2 ** 16, "a gradient too large lowers the scale"
+
+
+def test_sync_bn_is_for_gpus(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--sync-bn: PyTorch has it for GPUs only"):
+        run(monkeypatch, *SHORT, "--steps", 1, "--sync-bn", "--out", tmp_path / "run")
+
+
+# Files -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six photos of two classes, as a dataset of one's own; photo 2 is broken."""
+    root = tmp_path / "mine"
+    for name in ("images", "labels"):
+        (root / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / "images" / f"{i}.jpg")
+        Image.fromarray(rng.integers(0, 2, (64, 64), dtype=np.uint8)).save(root / "labels" / f"{i}.png")
+    for split in ("train", "val"):
+        (root / f"{split}_id.txt").write_text("\n".join(map(str, range(6) if split == "train" else [0])))
+    (root / "domain.json").write_text(json.dumps({"name": "mine", "classes": ["background", "hat"], "adjacency": []}))
+    broken = root / "images" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    return root
+
+
+def test_a_file_that_breaks_stops_the_run_or_is_skipped_and_counted(folder, tmp_path, monkeypatch, capsys):
+    flags = [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 4, "--validations", 0, "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="2.jpg: not a readable photo"):
+        run(monkeypatch, *flags)
+    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")  # before its first checkpoint: from the start
+    printed = capsys.readouterr().out
+    assert "begins again" in printed and "2.jpg: not a readable photo" in printed and "another photo took its place" in printed
+    log = lines(tmp_path / "run")
+    unreadable = [line for line in log if line["kind"] == "unreadable"]
+    assert len(unreadable) == 2 and log[-1]["skipped"] == {"steps": 0, "files": 2}, "12 samples are two passes over six photos"
+    assert all("2.jpg" in line["files"][0] for line in unreadable)
+
+
+def test_the_next_photo_takes_the_place_and_with_none_left_the_run_stops(folder):
+    domain = builtin_domain("pascal")
+    data = Photos(domain, [folder / "images" / f"{i}.jpg" for i in (2, 3)], [folder / "labels" / f"{i}.png" for i in (2, 3)])
+    crops = Crops([data], None, (64, 64), 0, skip_bad=True)
+    image, label, d, name, skipped = crops[0, 0, 0]
+    assert name.endswith("3.jpg") and len(skipped) == 1 and torch.equal(image, crops[0, 0, 1][0])
+    (folder / "images" / "3.jpg").unlink()
+    assert isinstance(crops[0, 0, 0], InputError)
+
+
+# Resuming --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "1"], "--lr 1.0: contradicts the run in"),
+    (["--crop", "32x32"], "--crop 32 32: contradicts the run in"),
+    (["--mode", "dedicated"], "--mode dedicated: contradicts"),
+    (["--epochs", "3"], "--epochs 3: contradicts"),
+    (["--data", "pascal=x"], "--data pascal=x: contradicts"),
+    (["--out", "elsewhere"], "--out elsewhere: contradicts"),
+    (["--skip-bad", "--seed", "1"], "--seed 1: contradicts"),
+])
+def test_a_flag_that_contradicts_the_run_is_refused(finished, flags, message):
+    for resume in (["--resume", str(finished)], ["--resume", "auto", "--out", str(finished)]):
+        if "--out" in flags and resume[1] == "auto":
+            continue
+        with pytest.raises(InputError) as caught:
+            settings.resolve([*resume, *flags])
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_that_agree_and_those_that_change_no_result_are_taken(finished):
+    before = settings.resolve(["--resume", str(finished)])
+    same = settings.resolve(["--resume", "auto", "--out", str(finished), *SHORT, "--steps", "1", "--validations", "0"])
+    assert same == before and same["crop"] == (64, 64)
+    changed = settings.resolve(["--resume", str(finished), "--workers", "3", "--skip-bad", "--save-every", "7"])
+    assert changed == before | {"workers": 3, "skip_bad": True, "save_every": 7}
+
+
+def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings.resolve(["--resume", "auto"])["out"] is None
+    for n in (1, 2):
+        config = settings.resolve([]) | {"out": str(settings.run_folder("universal", n)), "seed": n}
+        settings.open_folder(config)
+    assert settings.resolve(["--resume", "auto"])["out"] == "runs/universal-2"
+    assert settings.resolve(["--resume", "auto", "--out", "runs/new"])["out"] == "runs/new"
+    assert settings.resolve(["--resume", "auto", "--mode", "dedicated"])["out"] is None
+    assert settings.resolve(["--out", "runs/universal"])["resume"] is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the same command again
+    assert settings.resolve(["--seed", "2"])["resume"] == "runs/universal-2"
+
+
+def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out)
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"lr": 0.003', '"lr": 0.5'))
+    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.003, but config.json beside it says 0.5; put config.json back"):
+        run(monkeypatch, "--resume", out)
+    (out / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json: not the settings of a run"):
+        run(monkeypatch, "--resume", out)
+    (out / "config.json").write_text(config)
+    monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
+    with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos when the run began, and has 5 now, or others"):
+        run(monkeypatch, "--resume", out)

@@ -1,0 +1,382 @@
+"""Runs that are killed, preempted, split over processes, and fed with damage: what docs/reliability.md counts."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import ROOT
+
+from sst import checkpoint
+from sst.data import read_image, read_label
+from sst.domains import builtin_domain
+from sst.errors import InputError
+
+DRIVER = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from sst.figures import Figures
+from sst.model import ARCHS, Arch
+torch.set_num_threads(1)
+if "DOUBLE" in os.environ:
+    torch.set_default_dtype(torch.float64)
+ARCHS["small"] = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
+Figures.__len__ = lambda self: min(self.count, 12)
+sys.argv[0] = {str(ROOT / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FLAGS = ["--size", "48x48", "--crop", "48x48", "--batch-size", "3", "--workers", "1", "--validations", "2", "--log-every", "3"]
+DEDICATED = ["--mode", "dedicated", "--source-steps", "30"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp("driver") / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def command(driver, out, *flags, processes=0, launch=()):
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", *(launch or ["--standalone"])] if processes else []
+    return [sys.executable, *torchrun, str(driver), *FLAGS, "--out", str(out), *map(str, flags)]
+
+
+def finish(argv, status=0, **options):
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT | options.pop("env", {}), timeout=300, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@contextmanager
+def started(argv):
+    """A training in a process group of its own, its output in `lines`; whatever is left of it ends with the block."""
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        process.stdout.close()
+
+
+def until(process, words):
+    """Read a process's output up to the line with these words."""
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if words in line:
+            return
+    raise AssertionError(f"'{words}' was not printed:\n{''.join(read)}")
+
+
+def wait_for_step(out, step):
+    """Until the log has a line of that step or a later one."""
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if (out / "log.jsonl").exists() and any(line["step"] >= step for line in log(out, partly=True)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def log(out, partly=False):
+    """log.jsonl without what depends on the clock."""
+    text = (out / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in (text[:text.rfind("\n") + 1] if partly else text).splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def weights(out, name="model.pt"):
+    return torch.load(out / name, weights_only=True)["weights"]
+
+
+def assert_same(one, two):
+    """Bit for bit the same logs and weights, each step once."""
+    assert log(one) == log(two)
+    steps = [(line["step"], line["kind"]) for line in log(one)]
+    assert len(steps) == len(set(steps))
+    for name in ("model.pt", "best.pt", "last.pt"):
+        a, b = weights(one, name), weights(two, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+
+
+# Interruptions ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, flags", [(15, ["--steps", 150]), (5, [*DEDICATED, "--steps", 45])], ids=["universal", "dedicated"])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(driver, tmp_path, kills, flags):
+    flags = [*flags, "--save-every", 4]
+    finish(command(driver, tmp_path / "whole", *flags))
+    rng = random.Random(0)
+    for kill in range(kills):
+        with started(command(driver, tmp_path / "killed", *flags, "--resume", "auto")) as process:
+            until(process, "parameters are kept")
+            time.sleep(rng.uniform(0, 1.5))  # a few steps and checkpoints, or none
+            assert process.poll() is None, f"finished before kill {kill}: give it more steps"
+            os.kill(process.pid, signal.SIGKILL)
+    done = finish(command(driver, tmp_path / "killed", *flags, "--resume", "auto"))
+    assert "goes on after step" in done.stdout
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    if "dedicated" in flags:
+        assert_same(tmp_path / "whole" / "source", tmp_path / "killed" / "source")
+    assert "this run is finished" in finish(command(driver, tmp_path / "killed", *flags, "--resume", "auto")).stdout
+
+
+@pytest.fixture(scope="module")
+def whole(driver, tmp_path_factory):
+    """60 steps of two micro-batches in one process, not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(driver, out, "--steps", 60, "--global-batch", 6))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_with_its_status(driver, whole, tmp_path, number, status):
+    out = tmp_path / "run"
+    with started(command(driver, out, "--steps", 60, "--global-batch", 6)) as process:
+        wait_for_step(out, 9)
+        process.send_signal(number)
+        until(process, "interrupted by a signal")
+        assert process.wait(60) == status
+    assert 9 <= torch.load(out / "last.pt", weights_only=True)["step"] < 60
+    finish(command(driver, out, "--resume", out))
+    assert_same(whole, out)
+
+
+@pytest.fixture(scope="module")
+def two(driver, tmp_path_factory):
+    """The same in two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    finish(command(driver, out, "--steps", 60, processes=2))
+    return out
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver, two, tmp_path):
+    out = tmp_path / "run"
+    with started(command(driver, out, "--steps", 60, processes=2, launch=["--standalone", "--max-restarts=2"])) as torchrun:
+        wait_for_step(out, 9)
+        os.kill(rank(torchrun.pid, 1), signal.SIGTERM)
+        until(torchrun, "goes on after step")
+        wait_for_step(out, 33)
+        os.kill(rank(torchrun.pid, 0), signal.SIGKILL)  # no time to save: back to the checkpoint of step 30 or earlier
+        until(torchrun, "goes on after step")
+        until(torchrun, "Next: look at")
+        assert torchrun.wait(60) == 0
+    assert_same(two, out)
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on_with_another_number_of_processes(driver, whole, two, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--steps", 60, "--resume", "auto"]
+    with started(command(driver, out, *flags, processes=2)) as torchrun:
+        wait_for_step(out, 9)
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.communicate(timeout=60)
+        assert torchrun.returncode != 0
+    assert torch.load(out / "last.pt", weights_only=True)["step"] >= 9
+    again = tmp_path / "again"
+    subprocess.run(["cp", "-r", out, again], check=True)
+    finish(command(driver, out, *flags, processes=2))
+    assert_same(two, out)
+    finish(command(driver, again, *flags))  # alone, with two micro-batches a step
+    assert_close(whole, again, 1e-3)
+
+
+def rank(torchrun, number):
+    """The process id of that rank, a child of torchrun."""
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == torchrun and f"RANK={number}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except (OSError, ValueError, IndexError):
+            pass
+    raise AssertionError("no such process")
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_is_killed_ends_the_run_with_a_sentence(driver, whole, tmp_path):
+    out = tmp_path / "run"
+    with started(command(driver, out, "--steps", 60, "--global-batch", 6)) as process:
+        wait_for_step(out, 9)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        until(process, "train.py: a loading process has ended (DataLoader worker")
+        assert process.wait(60) == 1
+    finish(command(driver, out, "--resume", out))
+    assert_same(whole, out)
+
+
+# Processes -------------------------------------------------------------------------------------------------------------------------
+
+
+def assert_close(one, two, tolerance):
+    for a, b in zip(log(one), log(two), strict=True):
+        assert (a["step"], a["kind"]) == (b["step"], b["kind"])
+        if a["kind"] == "train":
+            assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+    a, b = weights(one), weights(two)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_the_same_network(driver, tmp_path):
+    """In float64: a step of four micro-batches, accumulated by one process, by two, or dealt to four."""
+    flags = ["--steps", 6, "--global-batch", 12, "--log-every", 1]
+    for processes in (0, 2, 4):
+        finish(command(driver, tmp_path / str(processes), *flags, processes=processes), env={"DOUBLE": "1"})
+    assert_close(tmp_path / "0", tmp_path / "2", 1e-9)
+    assert_close(tmp_path / "0", tmp_path / "4", 1e-9)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(driver, two, tmp_path):
+    """Two torchrun agents on loopback addresses, one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+                                "--master_addr=127.0.0.1", f"--master_port={port}", f"--local_addr=127.0.0.{node + 1}", str(driver), *FLAGS,
+                                "--steps", "60", "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+              for node in (0, 1)]
+    for agent in agents:
+        printed = agent.communicate(timeout=200)[0].decode()
+        assert agent.returncode == 0, printed
+    assert_same(two, out)
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
+    out = tmp_path / "run"
+    finish(command(driver, out, "--steps", 3, "--validations", 0))
+    before = (out / "last.pt").read_bytes()
+    (out / "samples.png").unlink()
+    config = json.loads((out / "config.json").read_text()) | {"steps": 6}
+    state = torch.load(out / "last.pt", weights_only=True)
+    checkpoint.save(state | {"config": state["config"] | {"steps": 6}}, out / "last.pt")  # as if three steps were still to come
+    (out / "config.json").write_text(json.dumps(config))
+    before = (out / "last.pt").read_bytes()
+    limited = ["bash", "-c", f"ulimit -f {len(before) // 1024 // 2}; exec \"$@\"", "bash", *command(driver, out, "--resume", out)]
+    limited = [part for part in limited if part not in ("--validations", "2")]  # of the run that goes on
+    done = finish(limited, status=1)
+    assert "last.pt" in done.stderr or "fresh.pt" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "could not be written (" in done.stderr and "--resume" in done.stderr, done.stderr
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
+
+
+def content(step=3):
+    return {"format": 1, "arch": {}, "domains": [], "weights": {"w": torch.arange(40.0), "b": torch.ones(3)}, "optimizer": {}, "step": step,
+            "best": 1.0, "config": {"lr": 0.1}}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+
+def mutated(data, rng):
+    """One of: a bit flipped, a stretch overwritten, cut short, a stretch cut out, something added."""
+    data, place, length = bytearray(data), rng.randrange(len(data)), rng.randrange(1, 30)
+    kind = rng.randrange(5)
+    if kind == 0:
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        data[place:place + length] = rng.randbytes(length)
+    elif kind == 2:
+        del data[place:]
+    elif kind == 3:
+        del data[place:place + length]
+    else:
+        data[place:place] = rng.randbytes(length)
+    return bytes(data)
+
+
+def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was_saved(tmp_path):
+    """100 mutations: none loads as something else, none raises anything but the sentence."""
+    path, rng = tmp_path / "last.pt", random.Random(0)
+    checkpoint.save(content(), path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(100):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            assert same(checkpoint.load(path, "run"), content())
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 50, "a mutation in the padding between records may be harmless, most are not"
+
+
+def test_a_strangers_checkpoint_runs_no_code(tmp_path):
+    class Stranger:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "last.pt"
+    torch.save(content() | {"step": Stranger()}, path)
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        checkpoint.load(path, "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_last_checkpoint_points_to_the_one_before(tmp_path):
+    for step in (3, 6):
+        checkpoint.save_last(content(step), tmp_path)
+    assert checkpoint.load_last(tmp_path)[0]["step"] == 6
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"not a readable checkpoint .*; the checkpoint before it, of step 3, is whole: mv .*previous.pt .*last.pt"):
+        checkpoint.load_last(tmp_path)
+    (tmp_path / "last.pt").unlink()  # killed between the two renamings
+    assert checkpoint.load_last(tmp_path)[0]["step"] == 3
+    (tmp_path / "previous.pt").unlink()
+    assert checkpoint.load_last(tmp_path) == (None, None)
+
+
+# Files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mutated_photos_and_labels_load_or_are_refused(tmp_path):
+    """100 of each: pixels of the right type and size, class ids of the domain, or one sentence."""
+    domain, rng = builtin_domain("pascal"), random.Random(0)
+    pixels = np.random.default_rng(0)
+    photo, label = tmp_path / "photo.jpg", tmp_path / "label.png"
+    Image.fromarray(pixels.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(photo)
+    Image.fromarray(np.sort(pixels.integers(0, 7, (40, 30), dtype=np.uint8), axis=0)).save(label)
+    refused = {photo: 0, label: 0}
+    for path in refused:
+        whole = path.read_bytes()
+        for _ in range(100):
+            path.write_bytes(mutated(whole, rng))
+            try:
+                array = read_image(path) if path == photo else read_label(path, domain)
+                assert array.dtype == np.uint8 and array.ndim == (3 if path == photo else 2) and array.size
+                assert path == photo or np.isin(array, [*range(7), 255]).all()
+            except InputError as error:
+                refused[path] += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+        path.write_bytes(whole)
+    assert refused[photo] > 10 and refused[label] > 50
