@@ -180,13 +180,14 @@ def class_places(label, others, Z):
 
 def body_graph(samples, width=4.0):
     """M_intra drawn on the body, one picture per domain side by side, as a PIL image: a name for every class but the background, at
-    its place, and a line between two that touch. What has to do with a class that the picture lacks is grey.
+    its place, and a line between two that touch. What has to do with a class that the picture lacks is grey; a class without a place in
+    any label map is left out.
 
     samples: [(domain, image (H, W, 3), label map (H, W), label maps of others that show where the other classes are), ...].
     """
     from matplotlib.figure import Figure
     tall = max(image.shape[0] / image.shape[1] for _, image, _, _ in samples)
-    figure = Figure(figsize=(width * len(samples), 0.98 * width * tall + 0.25), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width * len(samples), 0.98 * width * tall + 0.32), dpi=100, layout="constrained")
     for axis, (domain, image, label, others) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples):
         h, w = label.shape
         axis.imshow(0.35 * image.mean(-1) + 0.65 * 255, cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
@@ -195,14 +196,15 @@ def body_graph(samples, width=4.0):
         mask, palette = domain.intra_mask().numpy(), domain.palette() / 255
         there = np.isin(np.arange(domain.num_classes), label)
         place = class_places(label, others, domain.num_classes)
-        place[1:] = apart(place[1:], gap=(0.22 * w, 0.07 * h), size=(w, h))
-        for a, b in np.argwhere(np.triu(mask, 1)):
+        known = [z for z in range(1, domain.num_classes) if not np.isnan(place[z]).any()]
+        place[known] = apart(place[known], gap=(0.22 * w, 0.07 * h), size=(w, h))
+        for a, b in [(a, b) for a in known for b in known if a < b and mask[a, b]]:
             strong = there[a] and there[b]
             axis.plot(*zip(place[a], place[b]), color="0.1" if strong else "0.45", linewidth=1.1 if strong else 0.6,
                       linestyle="-" if strong else ":", zorder=2 if strong else 1)
-        for z, name in list(enumerate(domain.classes))[1:]:
+        for z in known:
             ink = "0.45" if not there[z] else "white" if is_dark(palette[z]) else "black"
-            axis.text(*place[z], name, ha="center", va="center", fontsize=7, color=ink, zorder=3 + there[z],
+            axis.text(*place[z], domain.classes[z], ha="center", va="center", fontsize=7, color=ink, zorder=3 + there[z],
                       bbox=dict(boxstyle="round,pad=0.2", linewidth=0.6, edgecolor="0.2" if there[z] else "0.6",
                                 facecolor=palette[z] if there[z] else "0.95"))
     return rendered(figure)
@@ -211,7 +213,8 @@ def body_graph(samples, width=4.0):
 def apart(points, gap, size):
     """Points (n, 2) moved so that they are `gap` (x, y) apart, as an ellipse, if they can within `size` (w, h), and little otherwise."""
     gap, size = np.asarray(gap, np.float64), np.asarray(size, np.float64)
-    side = np.where(np.arange(len(points)) % 2, 0.2, -0.2)[np.argsort(np.argsort(points[:, 1]))]
+    rank = np.argsort(np.argsort(points[:, 1], kind="stable"))
+    side = np.where(rank % 2, 0.2, -0.2) + 0.01 * rank
     start = points = points + np.stack([side * gap[0], 0 * side], -1)  # a column of points gives way to both sides
     for _ in range(300):
         difference = (points[:, None] - points[None]) / gap  # (n, n, 2)

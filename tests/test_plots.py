@@ -1,0 +1,43 @@
+"""Pictures: where classes are put on a body, what a legend and a matrix show."""
+
+import numpy as np
+import torch
+
+from sst.domains import LabelDomain
+from sst.plots import apart, body_graph, class_places, matrices, panel, place_of, shade
+
+DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"), adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
+BODY = np.array([[0, 1, 1, 0, 0],   # a head of two pixels, a torso below it, an arm of one pixel at the left, of two at the right
+                 [3, 2, 2, 3, 3],
+                 [0, 2, 2, 0, 0]], np.uint8)
+
+
+def test_the_place_of_a_class_is_its_mean_or_on_its_larger_half():
+    assert place_of(BODY == 1).tolist() == [1.5, 0]
+    assert place_of(BODY == 2).tolist() == [1.5, 1.5]
+    assert place_of(BODY == 3).tolist() in ([3, 1], [4, 1])  # the mean (7/3, 1) is torso; the right arm has two of three pixels
+
+
+def test_a_class_that_is_not_there_is_put_where_others_have_it():
+    other = np.zeros((8, 8), np.uint8)
+    other[2:6, 2:6] = 2
+    other[2, 2:6] = 4  # a hat over the whole width, in the first of four rows
+    places = class_places(BODY, [other], 5)
+    # The hat's mean (1.5, 0) of a box of 4 x 4 from (2, 2) is (0.375, 0); BODY's box is 5 x 3 from (0, 0).
+    assert np.allclose(places[4], (0.375 * 5, 0)) and np.allclose(places[1], (1.5, 0))
+    assert np.isnan(class_places(BODY, [], 5)[4]).all()
+
+
+def test_names_at_one_place_are_moved_apart_and_stay_in_the_picture():
+    moved = apart(np.array([[50.0, 1]] * 4 + [[10.0, 90]]), gap=(20, 10), size=(100, 100))
+    distance = np.linalg.norm((moved[:, None] - moved[None]) / (20, 10), axis=-1)[np.triu_indices(5, 1)]
+    assert distance.min() > 0.7 and (moved >= 0).all() and (moved <= 100).all()
+    assert np.allclose(moved[4], (10, 90), atol=5)  # nobody was near
+
+
+def test_pictures_are_images_that_a_notebook_shows():
+    photo = np.zeros((*BODY.shape, 3), np.uint8)
+    for picture in (panel([photo, BODY], ["photo", "labels"], [None, DOMAIN]), body_graph([(DOMAIN, photo, BODY, [])]),
+                    matrices([torch.eye(2), np.eye(2)], ["a", "b"], ["x", "y"], ["u", "v"])):
+        assert picture.mode == "RGB" and picture._repr_png_().startswith(b"\x89PNG")
+    assert shade([[0, 1], [5, 1]], 0, 1, cmap="gray").tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [255] * 3]]
