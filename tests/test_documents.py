@@ -45,7 +45,7 @@ def accept(command, monkeypatch):
     elif program == "predict.py":
         predict.arguments().parse_intermixed_args(flags)
     else:
-        made_up = config.resolve(["--data", "pascal=DIR"])
+        made_up = config.resolve(["--data", "pascal=DIR"] if any("=DIR" in flag or "=$" in flag for flag in flags) else [])
         monkeypatch.setattr(config, "load", lambda path, kind: {"config": made_up})
         config.stages(config.resolve(flags))
 
