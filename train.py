@@ -270,17 +270,30 @@ def train(config, run, rank, world, device, interruption):
     if config["validations"] and results is None:  # resumed when nothing was left to train
         results = validate(model.net, val, config["size"], rank, world, device)
     if rank == 0:
-        finish(out, model, domains, val, results, best, schedule.passes(steps * K), config, say)
+        finish(out, log, model, domains, val, results, best, schedule.passes(steps * K), config, say)
 
 
 def open_log(out, step):
-    """log.jsonl, open for appending after the line of `step`: what a resumed run does again is not kept twice."""
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # the run was killed while it wrote this one
-        lines.pop()
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    return open(path, "a")
+    """log.jsonl, open for appending after the line of `step`: what a resumed run does again is not kept twice.
+
+    Locked while this process lives: raises InputError where another one trains in the folder.
+    """
+    log = open(out / "log.jsonl", "a+")
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise InputError(f"{out}: another process trains in this folder; wait for its end (or end it), then --resume {out}") from None
+    log.seek(0)
+    kept = 0
+    for line in log.readlines():
+        if not line.endswith("\n") or json.loads(line)["step"] > step:  # the first was being written when the run was killed
+            break
+        kept += len(line.encode())
+    log.truncate(kept)
+    return log
 
 
 def validate(net, datasets, size, rank, world, device):
@@ -302,10 +315,11 @@ def precision(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
 
 
-def finish(out, model, domains, val, results, best, passes, config, say):
+def finish(out, log, model, domains, val, results, best, passes, config, say):
     """The kept network, pictures, and a table of what was reached."""
     checkpoint.save(checkpoint.model_content(model.net, domains), out / "model.pt")
-    save_curves([json.loads(line) for line in open(out / "log.jsonl")], out / "curves.png")
+    log.seek(0)  # closing another handle of the file would end its lock
+    save_curves([json.loads(line) for line in log], out / "curves.png")
     model.net.eval()
     samples = []
     for dataset in val:

@@ -227,6 +227,15 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_sentence(driver, w
     assert_same(whole, out)
 
 
+def test_a_folder_in_which_another_process_trains_is_refused(driver, tmp_path):
+    out = tmp_path / "run"
+    with started(command(driver, out, "--steps", 10 ** 6)) as process:
+        wait_for_step(out, 1)
+        done = finish(command(driver, out, "--steps", 10 ** 6, "--resume", "auto"), status=1)
+        assert done.stderr == f"train.py: {out}: another process trains in this folder; wait for its end (or end it), then --resume {out}\n"
+        assert process.poll() is None
+
+
 # Processes -------------------------------------------------------------------------------------------------------------------------
 
 
