@@ -318,3 +318,74 @@ def is_confusion(path):
 def smooth(values, window=9):
     """Running mean over the last `window` values."""
     return [float(np.mean(values[max(0, i + 1 - window):i + 1])) for i in range(len(values))]
+
+
+def sampling_points(image, chosen, reference, locations, weights):
+    """Where queries of deformable attention look: one picture of the photo for each, as a PIL image.
+
+    image (H, W, 3) uint8; chosen {title: q}; reference (Q, 2), locations (Q, M, L, P, 2), weights (Q, M, L, P) as `deform_attn` takes
+    them. A level has a colour, a head a marker, a weight an area; the white cross is the query. What lies outside the photo reads
+    zeros; what lies far outside is not drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    figure = Figure(figsize=(2.5 * len(chosen) + 1, 2.85), dpi=110, layout="constrained")
+    *axes, key = figure.subplots(1, len(chosen) + 1, squeeze=False, width_ratios=[2.5] * len(chosen) + [1])[0]
+    H, W = image.shape[:2]
+    colours, markers, (_, M, L, _) = ("#ffb000", "#dc267f", "#648fff", "#009e73"), "o^sDvP*X", weights.shape
+    for axis, (title, q) in zip(axes, chosen.items()):
+        axis.imshow(image, extent=(0, W, H, 0), interpolation="nearest")
+        for m in range(M):
+            for l in range(L):
+                x, y = (np.asarray(locations[q, m, l]) * (W, H)).T
+                axis.scatter(x, y, s=6 + 400 * np.asarray(weights[q, m, l]), c=colours[l % 4], marker=markers[m % 8], edgecolor="black",
+                             linewidth=0.5, alpha=0.85)
+        axis.plot(*(np.asarray(reference[q]) * (W, H)), "+", color="white", markersize=11, markeredgewidth=2)
+        axis.set(xlim=(-0.3 * W, 1.3 * W), ylim=(1.3 * H, -0.3 * H), xticks=[], yticks=[], facecolor="0.85")
+        axis.set_title(title, fontsize=9)
+    dots = [Line2D([], [], linestyle="", marker="o", color=colours[l % 4], label=f"level {l + 1}") for l in range(L)]
+    dots += [Line2D([], [], linestyle="", marker=markers[m % 8], color="0.4", label=f"head {m + 1}") for m in range(M)]
+    key.legend(handles=dots, loc="center left", fontsize=8, frameon=False)
+    key.axis("off")
+    return rendered(figure)
+
+
+def heat_map(matrix, title, xlabel="", ylabel="", lines=(), path=None):
+    """A matrix as a picture, dark where it is large; a PIL image.
+
+    lines: rows and columns before which a line is drawn, such as the first of each level. path: (n, 2) places x, y drawn over it.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5.2, 4.4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.imshow(np.asarray(matrix), cmap="Blues", interpolation="nearest")
+    figure.colorbar(drawn, ax=axis, shrink=0.8)
+    for n in lines:
+        axis.axhline(n - 0.5, color="0.5", linewidth=0.6)
+        axis.axvline(n - 0.5, color="0.5", linewidth=0.6)
+    if path is not None:
+        axis.plot(*np.asarray(path).T, ".-", color="#dc267f", linewidth=1, markersize=4)
+        axis.plot(*np.asarray(path)[-1], "o", color="#dc267f", markersize=8, markeredgecolor="black")
+    axis.set_title(title, fontsize=10)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    return rendered(figure)
+
+
+def timings(x, times, xlabel):
+    """Times over sizes, both logarithmic: a line through the medians, a bar from the fastest turn to the slowest; a PIL image.
+
+    times: {name: (len(x), turns) seconds}.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5.6, 3.6), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for (name, turns), colour in zip(times.items(), ("#648fff", "#fe6100", "#555555", "#dc267f")):
+        turns = 1000 * np.asarray(turns)
+        middle = np.median(turns, axis=1)
+        axis.errorbar(x, middle, [middle - turns.min(1), turns.max(1) - middle], fmt="o-", color=colour, label=name, capsize=3, markersize=4)
+    axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="milliseconds")
+    axis.set_xticks(x, [str(n) for n in x])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return rendered(figure)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from sst.domains import LabelDomain
-from sst.plots import apart, body_graph, class_places, matrices, panel, place_of, shade
+from sst.plots import apart, body_graph, class_places, heat_map, matrices, panel, place_of, sampling_points, shade, timings
 
 DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"), adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
 BODY = np.array([[0, 1, 1, 0, 0],   # a head of two pixels, a torso below it, an arm of one pixel at the left, of two at the right
@@ -41,3 +41,21 @@ def test_pictures_are_images_that_a_notebook_shows():
                     matrices([torch.eye(2), np.eye(2)], ["a", "b"], ["x", "y"], ["u", "v"])):
         assert picture.mode == "RGB" and picture._repr_png_().startswith(b"\x89PNG")
     assert shade([[0, 1], [5, 1]], 0, 1, cmap="gray").tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [255] * 3]]
+
+
+def test_sampling_points_are_drawn_where_the_query_looks():
+    image = np.full((8, 8, 3), 255, np.uint8)
+    reference, weights = torch.tensor([[0.5, 0.5]]), torch.full((1, 1, 1, 1), 0.5)
+    left, far = (sampling_points(image, {"q": 0}, reference, torch.full((1, 1, 1, 1, 2), x), weights) for x in (0.25, 9.0))
+    amber = lambda picture: (np.abs(np.asarray(picture).astype(int) - (255, 176, 0)).sum(-1) < 60)[:, :250]  # without the legend
+    assert amber(left).any() and not amber(far).any()
+
+
+def test_a_heat_map_is_dark_where_the_matrix_is_large():
+    picture = np.asarray(heat_map(np.array([[0.0, 1.0]]), "two entries")).astype(int).sum(-1)
+    middle = picture.shape[0] // 2
+    assert picture[middle, 150] > picture[middle, 350]
+
+
+def test_timings_take_any_number_of_turns():
+    assert timings([1, 2], {"a": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]}, "size").size == (560, 360)
