@@ -158,7 +158,7 @@ def test_many_bad_files_are_counted(tmp_path, check):
 def test_a_decoder_that_fails_in_an_unforeseen_way_stops_nothing(tmp_path, check, monkeypatch):
     from sst import data
     read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path: read(path) if path.stem != "a" else 1 / 0)
+    monkeypatch.setattr(data, "read_image", lambda path, size=None: read(path) if path.stem != "a" else 1 / 0)
     status, out = check("--data", f"mine={dataset(tmp_path / 'd', {'a': A, 'b': B}, {'c': C})}")
     assert status == 1 and "a.jpg: this photo or its label map is not readable (ZeroDivisionError: division by zero); replace" in out
     assert "train: 2 listed, 1 usable" in out
