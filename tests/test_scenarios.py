@@ -261,7 +261,7 @@ def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_pat
     refused("--arch r50: the network of", "--init-from", source, "--arch", "r50")
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/last.pt").write_bytes((transfer / "model.pt").read_bytes())  # a lone model.pt has no auxiliary modules
-    refused("alone/last.pt: lacks best, config, optimizer, step; expected a last.pt", "--mode", "dedicated", "--source-checkpoint",
+    refused("alone/last.pt: lacks best, config, counts, lists, optimizer, scaler, step; expected a last.pt", "--mode", "dedicated", "--source-checkpoint",
             tmp_path / "alone")
     content = last(transfer / "source")
     content["weights"] = {key: value for key, value in content["weights"].items() if not key.startswith("sst.")}
