@@ -244,7 +244,7 @@ def resumed(given, folder):
             same = key in FREE or value == was
         if not same:
             value, was = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, was))
-            raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it is {was}; leave the flag out (a "
+            raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it is {was or 'not set'}; leave the flag out (a "
                              f"resumed run keeps its settings), or start a new run")
         config[key] = value
     if config["source_checkpoint"] == f"{before}/source":
