@@ -148,11 +148,16 @@ def read_mat_label(path):
     return raw.astype(np.uint8)
 
 
-def read_mat(path, key):
+def mat_reader(path):
     try:
         from scipy.io import loadmat
     except ImportError:
         raise InputError(f"{path}: reading MATLAB files needs scipy; run: pip install scipy") from None
+    return loadmat
+
+
+def read_mat(path, key):
+    loadmat = mat_reader(path)
     try:
         return loadmat(path)[key]
     except Exception as error:  # scipy raises whatever a broken file leads it to
@@ -296,6 +301,9 @@ def list_photos(domain, images, labels, listed, missing=None):
             if missing is None:
                 raise
             missing.append(str(error))
+    for _, label in pairs[:1]:
+        if label.suffix == ".mat":
+            mat_reader(label)  # what is missing is said before training begins
     return Photos(domain, [image for image, _ in pairs], [label for _, label in pairs])
 
 

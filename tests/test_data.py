@@ -1,6 +1,7 @@
 """The layouts of datasets, and what is said of files that cannot be used."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_clothing_co_parsing_tags_become_classes(tmp_path):
         label_map={"background": ["null"], "head": ["hair"], "body": ["skin", "t-shirt"]})
     label = open_dataset("mine", root).load(1)[1]
     assert (label == np.array([0, 1, 2, 2])[np.arange(24).reshape(4, 6) % 4]).all()
+
+
+def test_a_missing_scipy_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    own(tmp_path)
+    for file in (tmp_path / "labels").iterdir():
+        file.rename(file.with_suffix(".mat"))
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(InputError, match=r"\.mat: reading MATLAB files needs scipy; run: pip install scipy"):
+        open_dataset("mine", tmp_path)
 
 
 def test_clothing_co_parsing_tag_that_does_not_exist(tmp_path):
