@@ -123,8 +123,8 @@ def test_clothing_co_parsing_tags_become_classes(tmp_path):
 
 
 def test_a_missing_scipy_is_named_before_anything_is_read(tmp_path, monkeypatch):
-    own(tmp_path)
-    for file in (tmp_path / "labels").iterdir():
+    own(write(tmp_path, "images", "labels", "train_id.txt"))
+    for file in list((tmp_path / "labels").iterdir()):
         file.rename(file.with_suffix(".mat"))
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match=r"\.mat: reading MATLAB files needs scipy; run: pip install scipy"):
