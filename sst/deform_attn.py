@@ -25,7 +25,7 @@ def deform_attn(value, shapes, locations, weights, backend="auto"):
     shapes:    [(H_1, W_1), ...] of the L levels.
     locations: (B, Q, M, L, P, 2), x then y; [0, 1] spans a map from outer edge to outer edge, pixel centres at (i + 0.5)/W.
     weights:   (B, Q, M, L, P).
-    backend:   "triton", "embedding_bag", "grid_sample", or "auto" for the fastest that can run; the environment's SST_DEFORM_ATTN replaces "auto".
+    backend:   "triton", "embedding_bag", "grid_sample" or "auto", the fastest that can run; the environment's SST_DEFORM_ATTN replaces "auto".
     Returns (B, Q, D). Raises ValueError for shapes that do not belong together, backends that are none and tensors that "triton" cannot
     take, ImportError for "triton" where it is not installed.
     """
