@@ -4,7 +4,8 @@
     python bench.py --only operator     one table: operator, network or step
     python bench.py --json              one object instead of tables
 
-Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from the same run.
+Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from the same run. The packages
+torch-ms-deform-attn (the operator, compiled) and transformers (Mask2Former, SegFormer) are measured beside it where they are installed.
 On a GPU the operator gets 8 images, in float32 and in bfloat16, and its forward's GB/s (inputs read and output written, once each) stand
 beside the rate at which the GPU copies.
 """
@@ -19,6 +20,7 @@ from importlib.util import find_spec
 import torch
 
 from sst.deform_attn import deform_attn
+from sst.distributed import compiler_fault
 from sst.domains import builtin_domain
 from sst.losses import L_seg, L_u
 from sst.model import ParsingNet
@@ -26,6 +28,10 @@ from sst.modules import SST, rows_of
 
 PHOTO = [(64, 64), (32, 32), (16, 16)]  # encoder levels of one image at 512x512
 PEER = "torch-ms-deform-attn (compiled)"
+COMPILED = "torch.compile"
+SIDE = 512
+NETWORKS = ("small", "r50", "r101")
+STEPS = {"demo": ("small", 6, 96), "paper": ("r50", 4, 512)}  # network, images, side
 
 
 def medians(rivals, rounds):
@@ -76,8 +82,10 @@ def operator_inputs(device, dtype=torch.float32):
 def operators(device):
     """{name: function of value, locations, weights} of all backends that run here, and of the peer where it is installed."""
     can_run = {"triton": device.type == "cuda" and find_spec("triton"),
-               "sparse": device.type == "cpu" and torch.backends.mkl.is_available(), "grid_sample": True}
+               "embedding_bag": device.type == "cpu", "grid_sample": True}
     calls = {name: lambda v, l, w, name=name: deform_attn(v, PHOTO, l, w, backend=name) for name in can_run if can_run[name]}
+    if device.type == "cpu" and not compiler_fault(device):
+        calls |= {f"{name}, {COMPILED}": torch.compile(call, dynamic=False) for name, call in calls.items()}
     try:
         from torch_ms_deform_attn import ms_deform_attn
     except ImportError:
@@ -108,7 +116,7 @@ def bench_operator(device, rounds):
                 result.setdefault(f"{name}, {dtype}", {})[f"{what} ms"] = 1000 * taken
         for name in calls:
             row = result[f"{name}, {dtype}"]
-            row["peak MiB"] = peak_memory(name, dtype)
+            row["peak MiB"] = peak_memory(name, dtype) if COMPILED not in name else None  # a fresh process would count the compiler's
             if device.type == "cuda":
                 row["forward GB/s"] = sum(t.nbytes for t in (*tensors, out)) / row["forward ms"] / 1e6
     return result
@@ -138,33 +146,48 @@ def peak_resident():
 
 
 def bench_network(device, rounds):
-    """Inference and a training step without SST at 512x512, one image, random weights."""
+    """Inference, and a training step without SST, of one image, random weights; inference of the peers."""
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
-    image = torch.rand(1, 3, 512, 512, device=device).to(memory_format=torch.channels_last)
-    label = torch.zeros(1, 512, 512, dtype=torch.int64, device=device)
-    result = {}
-    for arch in ("small", "r50", "r101"):
-        net = ParsingNet(domains, arch).to(device, memory_format=torch.channels_last)
+    image = torch.rand(1, 3, SIDE, SIDE, device=device)
+    ours = image.to(memory_format=torch.channels_last)
+    label = torch.zeros(1, SIDE, SIDE, dtype=torch.int64, device=device)
+    nets = {arch: ParsingNet(domains, arch).to(device, memory_format=torch.channels_last) for arch in NETWORKS}
+    others = {name: net.to(device).eval() for name, net in peers().items()}
 
-        def infer():
-            with torch.no_grad():
-                net.eval()(image)
+    @torch.no_grad()
+    def infer(net, image):
+        net.eval()(image)
 
-        def train():
-            net.train()
-            H = net.features(image)[-1]
-            sum(L_seg(head(H), label) for head in net.heads.values()).backward()
+    def train(net):
+        net.train()
+        H = net.features(ours)[-1]
+        sum(L_seg(head(H), label) for head in net.heads.values()).backward()
 
-        for what, seconds in medians({"inference ms": infer, "training step ms": train}, rounds).items():
-            result.setdefault(arch, {})[what] = 1000 * seconds
-    return result
+    inference = {name: lambda net=net: infer(net, ours) for name, net in nets.items()} | {
+        name: lambda net=net: infer(net, image) for name, net in others.items()}
+    result = {name: {"inference ms": 1000 * seconds} for name, seconds in medians(inference, rounds).items()}
+    steps = medians({name: lambda net=net: train(net) for name, net in nets.items()}, rounds)
+    return {name: row | {"training step ms": 1000 * steps[name] if name in steps else None} for name, row in result.items()}
+
+
+def peers():
+    """Mask2Former with a ResNet-50 and SegFormer-B2 with random weights, from transformers where it is installed."""
+    try:
+        import transformers as t
+    except ImportError:
+        return {}
+    t.logging.set_verbosity_error()
+    resnet = t.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    b2 = t.SegformerConfig(depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768, num_labels=20)
+    return {"Mask2Former-R50 (transformers)": t.Mask2FormerForUniversalSegmentation(t.Mask2FormerConfig(backbone_config=resnet)),
+            "SegFormer-B2 (transformers)": t.SegformerForSemanticSegmentation(b2)}
 
 
 def bench_step(device, rounds):
     """Forward and backward of one micro-batch with SST and without (the Multi-datasets baseline), three domains."""
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
     result = {}
-    for preset, arch, B, side in (("demo", "small", 6, 96), ("paper", "r50", 4, 512)):
+    for preset, (arch, B, side) in STEPS.items():
         net = ParsingNet(domains, arch).to(device, memory_format=torch.channels_last).train()
         sst = SST(domains, net.arch.dim).to(device)
         images = torch.rand(B, 3, side, side, device=device).to(memory_format=torch.channels_last)
@@ -190,7 +213,9 @@ def bench_step(device, rounds):
 def table(title, rows):
     columns = list(next(iter(rows.values())))
     lines = [f"\n{title:<44}" + "".join(f"{column:>24}" for column in columns)]
-    return "\n".join(lines + [f"{name:<44}" + "".join(f"{row[column]:>24.2f}" for column in columns) for name, row in rows.items()])
+    for name, row in rows.items():
+        lines.append(f"{name:<44}" + "".join(" " * 23 + "-" if row[column] is None else f"{row[column]:>24.2f}" for column in columns))
+    return "\n".join(lines)
 
 
 def main():

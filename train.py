@@ -152,8 +152,12 @@ def train(config, run, rank, world, device, interruption):
     if config["resume"]:
         say(f"goes on after step {step} ({path})" if state else "interrupted before its first checkpoint: begins again")
 
-    if config["compile"]:
-        model.net.features = torch.compile(model.net.features)
+    if config["compile"] and (fault := distributed.compiler_fault(device)):
+        say(f"--compile: torch.compile does not work on this machine ({fault}); the run goes on without it")
+    elif config["compile"]:
+        # Crops have one size. The photos of a validation have many, and each would be compiled anew.
+        eager, compiled = model.net.features, torch.compile(model.net.features, dynamic=False)
+        model.net.features = lambda images: (compiled if model.net.training else eager)(images)
     wrapped = model
     if world > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)

@@ -81,6 +81,14 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+def compiler_fault(device):
+    """Why torch.compile does not work on this machine, in a few words, or None. On CPUs it needs a C++ compiler."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # of many types, by what is missing
+        return str(error).strip().splitlines()[0]
+
+
 class Interruption:
     """Within its block remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that the training loop can end between two steps.
 

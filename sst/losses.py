@@ -12,10 +12,13 @@ def L_seg(A, Y):
     The mean over an image's pixels, then over the images, so that a crowded photo counts as much as an empty one. An image
     with nothing but ignored pixels contributes 0.
     """
-    A = A.to(torch.promote_types(A.dtype, torch.float32), memory_format=torch.channels_last)  # a pixel's classes side by side:
-    A = F.interpolate(A, size=Y.shape[-2:], mode="bilinear", align_corners=False)             # three times as fast on a CPU
-    rows = A.permute(0, 2, 3, 1).flatten(0, 2)  # (B*H*W, Z)
-    pixels = F.cross_entropy(rows, Y.flatten(), ignore_index=IGNORE, reduction="none").view(len(Y), -1).sum(1)  # (B,)
+    # On a CPU the softmax takes 16 numbers at once: classes of a pixel that stand side by side, or where there are fewer, pixels.
+    side_by_side = A.shape[1] >= 16
+    A = A.to(torch.promote_types(A.dtype, torch.float32), memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
+    A = F.interpolate(A, size=Y.shape[-2:], mode="bilinear", align_corners=False)
+    if side_by_side:
+        A = A.permute(0, 2, 3, 1).flatten(0, 2)  # (B*H*W, Z)
+    pixels = F.cross_entropy(A, Y.flatten() if side_by_side else Y, ignore_index=IGNORE, reduction="none").view(len(Y), -1).sum(1)  # (B,)
     return (pixels / (Y != IGNORE).sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
@@ -26,21 +29,19 @@ def L_aux(A_aux, Y):
 
 def cosine(a, b):
     """Cosine similarity along the last axis. A row of zeros has no direction: its cosine is 0, and so is its gradient."""
-    (a, a_zero), (b, b_zero) = direction(a), direction(b)
-    return torch.where(a_zero | b_zero, 0, (a * b).sum(-1))
+    return (direction(a) * direction(b)).sum(-1)
 
 
 def direction(x):
-    """Rows of x at length 1, and which rows have none.
+    """Rows of x at length 1; zeros, without a gradient, for rows that have none.
 
     The softmax of Eq. 9 may put nearly all its weight on a class that M_dynamic then sets to zero: the mapped row is left with a
     length such as 1e-25. Its direction is as good as any other's, but squared it would vanish, and its gradient would be infinite;
-    so rows are brought to size 1 by their largest entry before their length is taken.
+    so rows are brought to size 1 by their largest entry before their length is taken, which then is at least 1.
     """
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    zero = largest < 1e-30
-    x = x / torch.where(zero, 1, largest)
-    return x / torch.where(zero, 1, x.square().sum(dim=-1, keepdim=True)).sqrt(), zero[..., 0]
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+    x = x / torch.where(largest < 1e-30, torch.inf, largest)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
 
 
 def cosine_distance(X, mapped):

@@ -152,7 +152,7 @@ class SwinBlock(nn.Module):
         if s:
             y = y.roll((-s, -s), dims=(1, 2))
         y = self.windows(y)  # (B*N, n*n, D), N windows an image
-        q, k, v = self.qkv(y).view(-1, n * n, 3, M, D // M).permute(2, 0, 3, 1, 4)  # each (B*N, M, n*n, D/M)
+        q, k, v = (t.transpose(1, 2) for t in self.qkv(y).view(-1, n * n, 3, M, D // M).unbind(2))  # each (B*N, M, n*n, D/M)
         bias = self.bias[self.offset].permute(2, 0, 1)  # (M, n*n, n*n)
         if s or h != H or w != W:
             # Rolling and padding bring pixels into one window that do not belong together.

@@ -1,0 +1,46 @@
+"""bench.py at sizes that take seconds: every table is printed, and --json is one object with the same numbers."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "compiler_fault", lambda device: "it would take a minute")
+    monkeypatch.setattr(bench, "peak_memory", lambda name, dtype: 1.0)
+    monkeypatch.setattr(bench, "peers", dict)
+    monkeypatch.setattr(bench, "PHOTO", [(4, 4), (2, 2), (1, 1)])
+    monkeypatch.setattr(bench, "SIDE", 64)
+    monkeypatch.setattr(bench, "NETWORKS", ("small",))
+    monkeypatch.setattr(bench, "STEPS", {"demo": ("small", 3, 64)})
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1", *flags])
+        bench.main()
+    return run
+
+
+def test_every_table_is_printed(tiny, capsys):
+    tiny()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith(("MiB", "step ms", "ratio"))] == ["operator", "network", "step"]
+    for row in ("embedding_bag, float32", "grid_sample, float32", "small", "demo: small, 3 x 64x64"):
+        assert sum(line.startswith(row) and float(line.split()[-1]) > 0 for line in lines) == 1, row
+
+
+def test_json_is_one_object(tiny, capsys):
+    tiny("--json", "--only", "step")
+    results = json.loads(capsys.readouterr().out)
+    assert set(results) == {"about", "step"}
+    row = results["step"]["demo: small, 3 x 64x64"]
+    assert row["ratio"] == pytest.approx(row["with SST ms"] / row["without SST ms"])
+
+
+def test_the_tables_leave_a_dash_where_nothing_is_measured():
+    assert bench.table("network", {"peer": {"inference ms": 1.5, "training step ms": None}}).splitlines()[-1].split() == ["peer", "1.50", "-"]
