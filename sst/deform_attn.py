@@ -118,8 +118,8 @@ def pixel_before(coordinate, sizes):
     size = spelled_out(sizes, M, P, coordinate.dtype)
     place = torch.addcmul(torch.full_like(size, 0.5), coordinate.flatten(2), size)  # 0 on the first centre of the framed map
     place = place.clamp(torch.zeros_like(size), size + 1)  # what lies outside goes onto the frame
-    pixel = place.detach().to(torch.int32)
-    pixel = pixel.clamp(torch.zeros_like(pixel[0, 0]), spelled_out(sizes, M, P))  # a NaN must not lead outside V
+    last = spelled_out(sizes, M, P)
+    pixel = place.detach().to(torch.int32).clamp(torch.zeros_like(last), last)  # a NaN must not lead outside V
     return pixel, place - pixel
 
 
@@ -206,7 +206,7 @@ def four_entries(x, y, weights):
 
 def equal_rows(columns):
     """Where rows with equally many entries start, and where the last ends: columns (R, ...) -> (R + 1,)."""
-    return torch.arange(0, columns.numel() + 1, columns[0].numel(), dtype=torch.int32)
+    return torch.arange(0, columns.numel() + 1, columns.shape[1:].numel(), dtype=torch.int32)
 
 
 def bags(columns, starts, entries, V):

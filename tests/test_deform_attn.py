@@ -155,3 +155,8 @@ def test_triton_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sst.deform_attn_triton", None)  # as if the package were missing
     with pytest.raises(ImportError, match="'triton' needs the package triton, which is not installed; run: pip install triton"):
         deform_attn(*inputs([(3, 4)]), backend="triton")
+
+
+def test_a_batch_without_images():
+    value, shapes, locations, weights = inputs([(3, 4), (2, 2)], B=0)
+    assert deform_attn(value, shapes, locations, weights).shape == (0, 5, 6)
