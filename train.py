@@ -296,7 +296,10 @@ def open_log(out, step):
     log.seek(0)
     kept = 0
     for line in log.readlines():
-        if not line.endswith("\n") or json.loads(line)["step"] > step:  # the first was being written when the run was killed
+        try:
+            if json.loads(line)["step"] > step or not line.endswith("\n"):
+                break
+        except ValueError:  # it was being written when the run was killed, or the machine lost power
             break
         kept += len(line.encode())
     log.truncate(kept)
