@@ -15,23 +15,26 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 
+from sst import config as settings
 from sst.deform_attn import deform_attn
 from sst.distributed import compiler_fault
 from sst.domains import builtin_domain
 from sst.losses import L_seg, L_u
 from sst.model import ParsingNet
-from sst.modules import SST, rows_of
+from sst.scenarios import build
+from train import optimiser_of
 
 PHOTO = [(64, 64), (32, 32), (16, 16)]  # encoder levels of one image at 512x512
 PEER = "torch-ms-deform-attn (compiled)"
 COMPILED = "torch.compile"
 SIDE = 512
 NETWORKS = ("small", "r50", "r101")
-STEPS = {"demo": ("small", 6, 96), "paper": ("r50", 4, 512)}  # network, images, side
+STEPS = {"demo": ("small", 12, 96), "paper": ("r50", 4, 512)}  # network, images, side
 
 
 def medians(rivals, rounds, calls=1):
@@ -188,27 +191,26 @@ def peers():
 
 
 def bench_step(device, rounds):
-    """Forward and backward of one micro-batch with SST and without (the Multi-datasets baseline), three domains."""
+    """A training step of one micro-batch, optimiser and all, without SST (the Multi-datasets baseline) and with it, three domains."""
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
     result = {}
     for preset, (arch, B, side) in STEPS.items():
-        net = ParsingNet(domains, arch).to(device, memory_format=torch.channels_last).train()
-        sst = SST(domains, net.arch.dim).to(device)
-        images = torch.rand(B, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        images = torch.randint(0, 256, (B, 3, side, side), device=device, dtype=torch.uint8)
         labels = torch.randint(0, 7, (B, side // 32, side // 32), device=device).repeat_interleave(32, 1).repeat_interleave(32, 2)
         domain = sorted(k % 3 for k in range(B))
 
-        def step(with_sst):
-            H, terms, logits = net.features(images), {}, {}
-            for i, (name, head) in enumerate(net.heads.items()):
-                rows = rows_of(domain, i)
-                logits[name] = head(H[-1][rows])
-                terms[f"seg/{name}"] = L_seg(logits[name], labels[rows])
-            if with_sst:
-                terms |= sst(H, labels, domain, logits)[0]
-            L_u(terms).backward()
+        def step(model, optimizer, config):
+            terms, _ = model(images, labels, domain)
+            L_u(terms, config["alpha"], config["beta"], config["lam"]).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        times = medians({"without SST ms": lambda: step(False), "with SST ms": lambda: step(True)}, rounds)
+        variants = {}
+        for name, flags in (("without SST ms", ["--beta", "0", "--lam", "0"]), ("with SST ms", [])):
+            config = settings.resolve(["--preset", preset, "--data", "figures", "--arch", arch, "--backbone-weights", "none", *flags])
+            model = build(config, domains).to(device, memory_format=torch.channels_last).train()
+            variants[name] = partial(step, model, optimiser_of(model, config), config)
+        times = medians(variants, rounds)
         result[f"{preset}: {arch}, {B} x {side}x{side}"] = {name: 1000 * seconds for name, seconds in times.items()} | {
             "ratio": times["with SST ms"] / times["without SST ms"]}
     return result

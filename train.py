@@ -33,19 +33,33 @@ from sst.inference import confusion_of, photo_logits
 from sst.losses import L_d, L_u
 from sst.metrics import scores
 from sst.modules import row_cosine
+from sst.muon import Muon
 from sst.plots import save_curves, save_samples
 from sst.scenarios import build, build_sst, inherit
 
 
-def parameter_groups(model, config):
-    """AdamW's groups: the backbone learns at its own rate; norms, biases and embeddings do not decay."""
+def optimiser_of(model, config):
+    """AdamW or Muon: backbone and SST learn at their own rates; norms, biases and embeddings do not decay; Muon takes the kept
+    network's matrices, but for the heads."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            no_decay = parameter.ndim < 2 or name.endswith(("bias", "level", "X_0"))
-            groups.setdefault((name.startswith("net.backbone."), no_decay), []).append(parameter)
-    return [{"params": parameters, "scale": config["backbone_lr_scale"] if backbone else 1.0,
-             "weight_decay": 0.0 if no_decay else config["weight_decay"]} for (backbone, no_decay), parameters in groups.items()]
+            scale = {"net.backbone": config["backbone_lr_scale"], "sst": config["sst_lr_scale"]}
+            part = ".".join(name.split(".")[:2 if name.startswith("net.") else 1])
+            decay = parameter.ndim > 1 and not name.endswith(("bias", "level", "X_0"))
+            matrix = decay and part not in ("sst", "net.heads") and config["optimizer"] == "muon"
+            groups.setdefault((scale.get(part, 1.0), decay, matrix), []).append(parameter)
+    groups = [{"params": parameters, "scale": scale, "weight_decay": config["weight_decay"] if decay else 0.0, "matrices": matrix}
+              for (scale, decay, matrix), parameters in groups.items()]
+    kind = Muon if config["optimizer"] == "muon" else torch.optim.AdamW
+    return kind(groups, lr=config["lr"], betas=(0.9, config["adam_beta2"]), fused=True)
+
+
+def rate(part, config):
+    """The learning rate, in parts of --lr, after that part of the run."""
+    if part < config["drop_at"]:
+        return 1.0
+    return 0.1 if config["decay"] == "drop" else (1 - part) / (1 - config["drop_at"])
 
 
 def main():
@@ -112,7 +126,7 @@ def train(config, run, rank, world, device, interruption):
             raise InputError("--sync-bn: PyTorch has it for GPUs only; leave it out")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = partial(L_d, target=domains[0].name) if config["mode"] == "dedicated" else L_u
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], betas=(0.9, config["adam_beta2"]), fused=True)
+    optimizer = optimiser_of(model, config)
     half = precision(config["precision"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
     step, best, counts = 0, -1.0, {"skipped_steps": 0, "skipped_in_a_row": 0, "skipped_files": 0}
@@ -171,12 +185,12 @@ def train(config, run, rank, world, device, interruption):
     batches = iter(loader)
     started = mark = time.time()
     first_step, logged, printed, waited, total_wait = step, step, 0.0, 0.0, 0.0
-    drop_step = round(config["drop_at"] * steps)
     results = None
 
     while step < steps:
+        lr = config["lr"] * rate(step / steps, config)
         for group in optimizer.param_groups:
-            group["lr"] = config["lr"] * group["scale"] * (0.1 if step >= drop_step else 1.0)
+            group["lr"] = lr * group["scale"]
         seen, unread = [], []
         norms.begin()
         for k in range(rank, K, world):
@@ -237,7 +251,7 @@ def train(config, run, rank, world, device, interruption):
                                  f"{config['lr']:g} or set --clip 1")
         elif step % config["log_every"] == 0 or step == 1 or step == steps:
             elapsed, interval = time.time() - started, step - logged
-            write("train", loss=losses, lr=optimizer.param_groups[-1]["lr"],
+            write("train", loss=losses, lr=lr,
                   cos={name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), x)} for name, x in X.items()},
                   skipped={key: counts[f"skipped_{key}"] for key in ("steps", "files")},
                   time={"seconds": elapsed, "images_per_second": (step - first_step) * K * B / elapsed, "step": (time.time() - mark) / interval,
@@ -248,7 +262,7 @@ def train(config, run, rank, world, device, interruption):
                 printed = time.time()
                 left = elapsed / (step - first_step) * (steps - step)
                 say(f"step {step}/{steps}  epoch {step / epoch_steps:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in losses.items())
-                    + f"  lr {optimizer.param_groups[-1]['lr']:.0e}  {(step - first_step) * K * B / elapsed:.1f} images/s, "
+                    + f"  lr {lr:.0e}  {(step - first_step) * K * B / elapsed:.1f} images/s, "
                     f"{100 * total_wait / elapsed:.0f} % waiting for them  {clock(left)} left")
 
         V = config["validations"]

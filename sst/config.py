@@ -13,12 +13,14 @@ from .model import ARCHS
 # What a preset sets; any flag overrides its field. `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay,
 # backbone rate) it is Mask2Former's.
 PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=4, epochs=150, steps=None, lr=1e-4,
-             adam_beta2=0.999, backbone_lr_scale=0.1, weight_decay=0.05, drop_at=125 / 150, alpha=10.0, beta=1.0, lam=5.0, validations=30,
-             log_every=20, save_every=1000, workers=4)
-SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=6, epochs=30, lr=3e-3,
-                     adam_beta2=0.98, backbone_lr_scale=1.0, validations=10, log_every=5, workers=1)
-# The figures vary in size already, and minutes are few: the demo does not resize them, and takes many small steps.
-DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=2900, validations=2)
+             optimizer="adamw", adam_beta2=0.999, backbone_lr_scale=0.1, sst_lr_scale=1.0, weight_decay=0.05, drop_at=125 / 150, decay="drop",
+             balance=0.0, alpha=10.0, beta=1.0, lam=5.0, validations=30, log_every=20, save_every=1000, workers=4)
+# On a CPU steps are few: the optimiser and schedule that learn fastest, found by experiment (docs/experiments.md).
+SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=12, epochs=30, lr=0.01,
+                     optimizer="muon", adam_beta2=0.95, backbone_lr_scale=1.0, sst_lr_scale=0.1, drop_at=0.6, decay="linear", balance=0.25,
+                     validations=10, log_every=5, workers=1)
+# The figures vary in size already: the demo does not resize them.
+DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=1800, validations=2)
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 # What may change when a run goes on: none of it changes what is learned from data that can be read.
@@ -90,11 +92,16 @@ def parser():
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive, help="passes over all training sets together")
     g.add_argument("--steps", type=positive, help="optimiser steps, instead of epochs")
-    g.add_argument("--lr", type=float, help="learning rate of AdamW")
-    g.add_argument("--adam-beta2", type=float, metavar="B", help="AdamW's second beta (0.999; small networks from scratch: 0.98)")
-    g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times that")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: AdamW with Muon's steps for the kept network's matrices (presets demo and small)")
+    g.add_argument("--lr", type=float, help="learning rate")
+    g.add_argument("--adam-beta2", type=float, metavar="B", help="AdamW's second beta (0.999; small networks from scratch: less)")
+    g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times --lr")
+    g.add_argument("--sst-lr-scale", type=float, metavar="X", help="the rate of MSA, MSE and MST is X times --lr")
     g.add_argument("--weight-decay", type=float)
-    g.add_argument("--drop-at", type=float, metavar="PART", help="part of the run after which the rate is a tenth (125/150)")
+    g.add_argument("--drop-at", type=float, metavar="PART", help="part of the run after which the rate is less (125/150)")
+    g.add_argument("--decay", choices=["drop", "linear"], help="drop: to a tenth, as published; linear: falling to 0 at the end (demo, small)")
+    g.add_argument("--balance", type=float, metavar="P", help="L_seg's weight of a pixel: (pixels of its class in the image) ** -P (not "
+                   "published: 0; demo and small: 0.25)")
     g.add_argument("--clip", type=float, metavar="NORM", help="shorten the gradient to this norm (not published; default: off)")
     g.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on GPUs that have it, fp16 with "
                    "loss scaling on those that do not, fp32 on CPUs")
@@ -138,7 +145,7 @@ def resolve(argv=None, agree=lambda value: value):
         preset = preset | dict(workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
-                           ("backbone_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
+                           ("backbone_lr_scale", 0, 1e3), ("sst_lr_scale", 0, 1e3), ("balance", 0, 1), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
                            ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1), ("clip", 1e-12, 1e12)):
         if config[key] is not None and not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
@@ -229,7 +236,7 @@ def resumed(given, folder):
         before = config["out"]
         config |= {key: config[key] and tuple(config[key]) for key in ("size", "crop")}
         defaults = vars(parser().parse_args([]))
-        config = {key: default for key, default in defaults.items() if default is not None} | config
+        config = PAPER | {key: default for key, default in defaults.items() if default is not None} | config
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py began") from None
     except (OSError, ValueError, KeyError, TypeError):

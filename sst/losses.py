@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from .domains import IGNORE
 
 
-def L_seg(A, Y):
+def L_seg(A, Y, balance=0.0):
     """Eq. 1: cross-entropy of logits A (B, Z, h, w), upsampled to the label maps Y (B, H, W); 255 is ignored.
 
     The mean over an image's pixels, then over the images, so that a crowded photo counts as much as an empty one. An image
     with nothing but ignored pixels contributes 0.
+
+    balance: 0 as published. Between that and 1 it is a weighted mean, small classes counting more: a pixel weighs n^-balance,
+    n the pixels of its class in its image. At 1 each class that an image shows counts the same.
     """
     # On a CPU the softmax takes 16 numbers at once: classes of a pixel that stand side by side, or where there are fewer, pixels.
     side_by_side = A.shape[1] >= 16
@@ -18,8 +21,13 @@ def L_seg(A, Y):
     A = F.interpolate(A, size=Y.shape[-2:], mode="bilinear", align_corners=False)
     if side_by_side:
         A = A.permute(0, 2, 3, 1).flatten(0, 2)  # (B*H*W, Z)
-    pixels = F.cross_entropy(A, Y.flatten() if side_by_side else Y, ignore_index=IGNORE, reduction="none").view(len(Y), -1).sum(1)  # (B,)
-    return (pixels / (Y != IGNORE).sum(dim=(1, 2)).clamp(min=1)).mean()
+    pixels = F.cross_entropy(A, Y.flatten() if side_by_side else Y, ignore_index=IGNORE, reduction="none").view(len(Y), -1)  # (B, H*W)
+    weights = (Y != IGNORE).flatten(1).to(pixels.dtype)
+    if balance:
+        n = weights.new_zeros(len(Y), IGNORE + 1).scatter_add_(1, Y.flatten(1), weights)
+        weights = weights * n.clamp(min=1).pow(-balance).gather(1, Y.flatten(1))
+        pixels = pixels * weights
+    return (pixels.sum(1) / weights.sum(1).clamp(min=1)).mean()  # one labelled pixel is enough for a sum of 1
 
 
 def L_aux(A_aux, Y):

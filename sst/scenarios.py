@@ -17,11 +17,11 @@ from .modules import SST, full_precision, predicted_regions, rows_of
 
 
 class Universal(nn.Module):
-    """The kept network and, beside it, SST (or None)."""
+    """The kept network and, beside it, SST (or None). balance: of L_seg."""
 
-    def __init__(self, net, sst):
+    def __init__(self, net, sst, balance=0.0):
         super().__init__()
-        self.net, self.sst = net, sst
+        self.net, self.sst, self.balance = net, sst, balance
 
     def forward(self, images, labels, domain, given=None):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
@@ -31,7 +31,7 @@ class Universal(nn.Module):
         for i, (name, head) in enumerate(self.net.heads.items()):
             rows = rows_of(domain, i)
             logits[name] = head(H[-1][rows])
-            terms[f"seg/{name}"] = L_seg(logits[name], labels[rows])
+            terms[f"seg/{name}"] = L_seg(logits[name], labels[rows], self.balance)
         if self.sst is not None:
             losses, X = self.sst(H, labels, domain, logits, given)
             terms |= losses
@@ -56,8 +56,8 @@ class Universal(nn.Module):
 class Dedicated(Universal):
     """A network for one target domain, its SST, and beside them the frozen source: a Universal that never changes (Eq. 13, step 2)."""
 
-    def __init__(self, net, sst, source):
-        super().__init__(net, sst)
+    def __init__(self, net, sst, source, balance=0.0):
+        super().__init__(net, sst, balance)
         self.source = source.requires_grad_(False)
 
     def train(self, mode=True):
@@ -86,7 +86,7 @@ def build(config, domains, origin=None, resumed=False):
     torch.manual_seed(config["seed"] + 1)
     if config["mode"] == "dedicated":
         return dedicated(config, domains, origin, net)
-    return Universal(net, build_sst(config, domains, net.arch.dim))
+    return Universal(net, build_sst(config, domains, net.arch.dim), config["balance"])
 
 
 def build_sst(config, domains, dim, sources=()):
@@ -110,14 +110,14 @@ def dedicated(config, domains, origin, net):
     net.load_state_dict({key: weights.get(f"net.{key}", value) for key, value in net.state_dict().items()})
     sst = build_sst(config, domains, net.arch.dim, sources)
     if sst is None or not sst.pairs:  # nothing to be consistent with: plain fine-tuning, with or without L_aux
-        return Universal(net, sst)
+        return Universal(net, sst, config["balance"])
     weights |= {key: value for key, value in origin["weights"].items() if key.startswith(("sst.msa.", "sst.mse."))}
     if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
         raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam {config['lam']:g} needs; give the folder of a run "
                          f"that has them, or --lam 0")
     source = Universal(from_spec(origin["arch"], sources, path), SST(sources, net.arch.dim, origin["config"]["intra_mask"], scr="none"))
     load_weights(source, weights, path)
-    return Dedicated(net, sst, source)
+    return Dedicated(net, sst, source, config["balance"])
 
 
 def domains_of(content, path):

@@ -75,6 +75,18 @@ def test_eq1_an_image_of_ignored_pixels_contributes_0_and_is_counted():
     close(L_seg(A, torch.cat([labels(255, 255)] * 2)), 0.0)
 
 
+def test_balanced_eq1_gives_small_classes_their_weight_by_hand():
+    A, Y = image(*[LOGITS] * 6), labels(0, 0, 0, 0, 1, 255)
+    close(L_seg(A, Y, balance=1.0), (log(4 / 3) + log(4)) / 2)  # every class the same
+    # 4^-1/2 = 1/2 for each of class 0's four pixels, 1 for class 1's one: weights 2 and 1 for the classes
+    close(L_seg(A, Y, balance=0.5), (2 * log(4 / 3) + log(4)) / 3)
+    close(L_seg(A, Y), (4 * log(4 / 3) + log(4)) / 5)
+    close(L_seg(A, labels(*[255] * 6), balance=0.5), 0.0)
+    # A class is counted in its own image.
+    both = L_seg(A.repeat(2, 1, 1, 1), torch.cat([Y, labels(1, 1, 1, 1, 255, 255)]), balance=0.5)
+    close(both, ((2 * log(4 / 3) + log(4)) / 3 + log(4)) / 2)
+
+
 def test_eq1_upsamples_the_logits_to_the_label_map():
     # Two pixels to four: centres 1/4 apart from theirs, so (0, 4) becomes (0, 1, 3, 4). Here in units of ln 3, against 0:
     # the probabilities of class 0 are 1/2, 3/4, 27/28, 81/82.

@@ -124,14 +124,16 @@ def upsampled(A, i, j, H, W):
             + v * ((1 - u) * A[:, bottom, left] + u * A[:, bottom, right])).tolist()
 
 
-def cross_entropy(A, Y):
+def cross_entropy(A, Y, balance=0):
     """Eq. 1: A holds one (Z, h, w) per image, Y one H x W per image."""
     per_image = []
     for A_b, Y_b in zip(A, Y):
         H, W = len(Y_b), len(Y_b[0])
-        pixels = [-math.log(softmax(upsampled(A_b, i, j, H, W))[Y_b[i][j]])
+        weights = {z: sum(row.count(z) for row in Y_b) ** -balance for row in Y_b for z in row}
+        pixels = [-math.log(softmax(upsampled(A_b, i, j, H, W))[Y_b[i][j]]) * weights[Y_b[i][j]]
                   for i, j in product(range(H), range(W)) if Y_b[i][j] != IGNORED]
-        per_image.append(sum(pixels) / len(pixels) if pixels else 0)
+        total = sum(weights[z] for row in Y_b for z in row if z != IGNORED)
+        per_image.append(sum(pixels) / total if pixels else 0)
     return sum(per_image) / len(per_image)
 
 
@@ -219,6 +221,7 @@ def test_cross_entropy_equals_the_loops():
     A, Y = 3 * rand(3, 4, 5, 10), label_maps(3, 4)
     Y[1] = IGNORED
     close(L_seg(A, Y), cross_entropy(A, Y.tolist()))
+    close(L_seg(A, Y, 0.25), cross_entropy(A, Y.tolist(), 0.25))
 
 
 # The whole
@@ -313,6 +316,7 @@ def test_gradients_of_the_losses_agree_with_differences():
     assert gradients_agree(cosine, a, b) and gradients_agree(cosine_distance, a, 1e-3 * b)
     Y = label_maps(2, 3, height=7, width=5)
     assert gradients_agree(lambda A: L_seg(A, Y), rand(2, 3, 3, 2))
+    assert gradients_agree(lambda A: L_seg(A, Y, 0.5), rand(2, 3, 3, 2))
 
 
 def test_gradients_of_the_whole_agree_with_differences():

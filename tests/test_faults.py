@@ -14,6 +14,7 @@ from sst.batches import Crops
 from sst.data import Photos
 from sst.domains import builtin_domain
 from sst.errors import InputError
+from sst.muon import Muon
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,8 @@ def spoil(monkeypatch, when, what=float("nan")):
     """L_seg is `what` for ATR's images in those calls (one a step here): a loss that depends on labels alone goes wrong."""
     calls, L_seg = [0], scenarios.L_seg
 
-    def spoiled(logits, labels):
-        loss = L_seg(logits, labels)
+    def spoiled(logits, labels, balance):
+        loss = L_seg(logits, labels, balance)
         if logits.shape[1] == 18:  # ATR
             calls[0] += 1
             if calls[0] in when:
@@ -66,25 +67,25 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, monkeypatch):
 def test_only_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
     """A loss may be finite where its gradient is not: sqrt at 0."""
     L_seg = scenarios.L_seg
-    monkeypatch.setattr(scenarios, "L_seg", lambda logits, labels: L_seg(logits, labels) + (logits * 0).sum().sqrt())
+    monkeypatch.setattr(scenarios, "L_seg", lambda logits, labels, balance: L_seg(logits, labels, balance) + (logits * 0).sum().sqrt())
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / "run")
     assert "step 1 skipped: not finite: the gradient; images: " in capsys.readouterr().out
 
 
 def test_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, {2, 4, 5, 6})
-    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training has diverged; lower --lr 0.003 or"):
+    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training has diverged; lower --lr 0.01 or"):
         run(monkeypatch, *SHORT, "--steps", 9, "--validations", 0, "--max-skips", 3, "--out", tmp_path / "run")
 
 
 def test_clipping_shortens_the_gradient(tmp_path, monkeypatch):
-    norms, step = [], torch.optim.AdamW.step
+    norms, step = [], Muon.step
 
     def spy(self, *args, **kwargs):
         norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]).item())
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(Muon, "step", spy)
     for flags in ([], ["--clip", "0.5"]):
         run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / f"run{len(flags)}", *flags)
     assert norms[0] > 5 and norms[1] == pytest.approx(0.5, rel=1e-3)
@@ -204,8 +205,8 @@ def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypat
     out = tmp_path / "run"
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out)
     config = (out / "config.json").read_text()
-    (out / "config.json").write_text(config.replace('"lr": 0.003', '"lr": 0.5'))
-    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.003, but config.json beside it says 0.5; put config.json back"):
+    (out / "config.json").write_text(config.replace('"lr": 0.01', '"lr": 0.5'))
+    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.01, but config.json beside it says 0.5; put config.json back"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not the settings of a run"):

@@ -47,7 +47,7 @@ def test_a_few_steps_lower_the_loss(change):
     domains = DOMAINS[:change.get("domains", 3)]
     config = BASE | change
     model = train.build(config, domains).train()
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, config), lr=1e-3)
+    optimizer = train.optimiser_of(model, config | {"lr": 1e-3})
     (batch,) = batches(domains, 1)
     losses = []
     for _ in range(6):
@@ -115,13 +115,32 @@ def test_a_seed_gives_the_same_crops_in_the_same_order_with_and_without_sst(tmp_
 
 def test_groups_give_the_backbone_its_rate_and_spare_norms_from_decay():
     model = train.build(BASE, DOMAINS)
-    groups = train.parameter_groups(model, BASE | {"backbone_lr_scale": 0.1})
+    groups = train.optimiser_of(model, BASE | {"backbone_lr_scale": 0.1, "sst_lr_scale": 0.5}).param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     of = {id(p): g for g in groups for p in g["params"]}
     net = model.net
     assert of[id(net.backbone.conv1.weight)]["scale"] == 0.1 and of[id(net.heads["atr"].weight)]["scale"] == 1
     assert of[id(net.backbone.bn1.weight)]["weight_decay"] == 0 and of[id(net.backbone.conv1.weight)]["weight_decay"] == 0.05
-    assert of[id(model.sst.mse["atr"].X_0)]["weight_decay"] == 0
+    assert of[id(model.sst.mse["atr"].X_0)]["weight_decay"] == 0 and of[id(model.sst.mse["atr"].X_0)]["scale"] == 0.5
+
+
+def test_muon_takes_the_kept_networks_matrices_but_for_the_heads():
+    model = train.build(BASE, DOMAINS)
+    of = {id(p): g["matrices"] for g in train.optimiser_of(model, BASE | {"optimizer": "muon"}).param_groups for p in g["params"]}
+    taken = {name for name, p in model.named_parameters() if of[id(p)]}
+    assert "net.backbone.layer1.0.conv2.weight" in taken and "net.encoder.layers.0.value.weight" in taken
+    assert "net.decoder.0.blocks.0.qkv.weight" in taken
+    assert all(p.ndim > 1 for name, p in model.named_parameters() if name in taken)
+    assert not [name for name in taken if not name.startswith("net.") or name.startswith("net.heads") or name.endswith(("bias", "level"))]
+    adamw = train.optimiser_of(model, BASE | {"optimizer": "adamw"})
+    assert type(adamw) is torch.optim.AdamW and not any(g["matrices"] for g in adamw.param_groups)
+
+
+def test_the_learning_rate_drops_as_published_or_falls_to_nothing():
+    drop, linear = ({"decay": decay, "drop_at": 0.6} for decay in ("drop", "linear"))
+    assert [train.rate(k / 10, drop) for k in (0, 5, 6, 9)] == [1, 1, 0.1, 0.1]
+    assert [train.rate(k / 10, linear) for k in (0, 5, 6, 8, 10)] == pytest.approx([1, 1, 1, 0.5, 0])
+    assert train.rate(125 / 150, {"decay": "drop", "drop_at": 125 / 150}) == 0.1  # the step after epoch 125
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +192,7 @@ def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys
     (out / "samples.png").unlink()  # killed before the pictures were drawn
     run(monkeypatch, "--resume", out)
     assert "mean accuracy %" in capsys.readouterr().out and len(lines(out)) == 3
-    with pytest.raises(InputError, match=r"--lr 1.0: contradicts the run in .*/run, where it is 0.003; leave the flag out"):
+    with pytest.raises(InputError, match=r"--lr 1.0: contradicts the run in .*/run, where it is 0.01; leave the flag out"):
         run(monkeypatch, "--resume", out, "--lr", 1)
 
     # Interrupted after step 1 and resumed ends where the uninterrupted run ended.
@@ -266,7 +285,8 @@ def test_presets_and_overrides():
     assert resolve([])["preset"] == "demo" and resolve([])["batch_size"] == DEMO["batch_size"]
     paper = resolve(["--data", "pascal=x", "--lam", "2"])
     wanted = dict(preset="paper", arch="r50", epochs=150, steps=None, lr=1e-4, drop_at=125 / 150, alpha=10, beta=1, lam=2,
-                  crop=(512, 512), batch_size=4, size=None, backbone_weights="auto")
+                  crop=(512, 512), batch_size=4, size=None, backbone_weights="auto", optimizer="adamw", decay="drop", balance=0,
+                  sst_lr_scale=1)
     assert {key: paper[key] for key in wanted} == wanted
     small = resolve(["--preset", "small", "--data", "pascal=x", "--steps", "7", "--size", "96x64"])
     assert (small["steps"], small["epochs"], small["size"], small["arch"]) == (7, None, (96, 64), "small")

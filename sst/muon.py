@@ -1,0 +1,64 @@
+"""Muon (K. Jordan and others, 2024): AdamW, except that the steps of weight matrices are made orthogonal.
+
+What AdamW does to every number alone, Muon does to a matrix as a whole: all directions of a step get about the same length, so
+that rare ones are learned as fast as common ones. A small network that has a few minutes learns in half the steps
+(docs/experiments.md). The paper does not use it; the demo does, where minutes are what is short.
+"""
+
+import torch
+
+MOMENTUM = 0.95
+STEPS = 5
+# Jordan's quintic: s -> a*s + b*s^3 + c*s^5, five times over, brings every s of (0.002, 1] to between 0.68 and 1.21.
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalised(X):
+    """Matrices X (n, r, c) -> U V^T of their singular value decompositions U S V^T, to within the quintic's 0.68 to 1.21.
+
+    The Newton-Schulz iteration X <- (A + B XX^T + C (XX^T)^2) X, carried out on XX^T of the smaller side: all its factors are
+    polynomials of the same matrix, so X itself is needed at the ends only. A matrix of zeros stays one.
+    """
+    if X.shape[1] > X.shape[2]:
+        return orthogonalised(X.mT).mT
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1e-30)
+    one = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    square, product = X @ X.mT, one
+    for _ in range(STEPS):
+        factor = A * one + B * square + C * square @ square
+        product = factor @ product
+        square = factor @ square @ factor
+    return product @ X
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups with "matrices": True are taken with Muon's steps; the others are AdamW's own.
+
+    A convolution's weights are the matrix (out, in*kh*kw). A step is as long as AdamW's would be: 0.2 for every weight in the
+    root mean square (Liu and others, 2025), so both share a learning rate and weight decay.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group.get("matrices"):
+                self.step_matrices(group)
+        return super().step(closure)  # passes over what has no gradient
+
+    def step_matrices(self, group):
+        alike = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)  # AdamW asks for a count when it is loaded
+            state["step"] += 1
+            momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+            alike.setdefault((len(p), p[0].numel()), []).append((p, p.grad.lerp(momentum, MOMENTUM).flatten(1)))  # Nesterov's
+            p.grad = None
+        for (rows, columns), those in alike.items():  # matrices of one shape at once
+            steps = orthogonalised(torch.stack([direction for _, direction in those]))
+            for (p, _), direction in zip(those, steps):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction.view(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
