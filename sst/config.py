@@ -92,7 +92,8 @@ def parser():
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive, help="passes over all training sets together")
     g.add_argument("--steps", type=positive, help="optimiser steps, instead of epochs")
-    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: AdamW with Muon's steps for the kept network's matrices (presets demo and small)")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: AdamW with Muon's steps for the kept network's matrices "
+                   "(presets demo and small)")
     g.add_argument("--lr", type=float, help="learning rate")
     g.add_argument("--adam-beta2", type=float, metavar="B", help="AdamW's second beta (0.999; small networks from scratch: less)")
     g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times --lr")
@@ -145,8 +146,8 @@ def resolve(argv=None, agree=lambda value: value):
         preset = preset | dict(workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
     for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
-                           ("backbone_lr_scale", 0, 1e3), ("sst_lr_scale", 0, 1e3), ("balance", 0, 1), ("weight_decay", 0, 10), ("drop_at", 0, 1), ("validations", 0, 1e9),
-                           ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1), ("clip", 1e-12, 1e12)):
+                           ("backbone_lr_scale", 0, 1e3), ("sst_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1),
+                           ("balance", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1), ("clip", 1e-12, 1e12)):
         if config[key] is not None and not low <= config[key] <= high:  # also refuses NaN
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
     if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
@@ -236,6 +237,7 @@ def resumed(given, folder):
         before = config["out"]
         config |= {key: config[key] and tuple(config[key]) for key in ("size", "crop")}
         defaults = vars(parser().parse_args([]))
+        # A setting that the run does not know is younger than the run, and was as published.
         config = PAPER | {key: default for key, default in defaults.items() if default is not None} | config
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py began") from None

@@ -1,8 +1,8 @@
 """Muon (K. Jordan and others, 2024): AdamW, except that the steps of weight matrices are made orthogonal.
 
 What AdamW does to every number alone, Muon does to a matrix as a whole: all directions of a step get about the same length, so
-that rare ones are learned as fast as common ones. A small network that has a few minutes learns in half the steps
-(docs/experiments.md). The paper does not use it; the demo does, where minutes are what is short.
+that rare ones are learned as fast as common ones. A small network learns more in the same minutes (docs/experiments.md). The
+paper does not use it; the demo does, where minutes are what is short.
 """
 
 import torch
