@@ -136,7 +136,11 @@ def train(config, run, rank, world, device, interruption):
             raise InputError(f"{path}: the training list of '{changed[0]}' had {state['lists'][changed[0]][0]} photos when the run began, and "
                              f"has {lists[changed[0]][0]} now, or others; put the list back, or start a new run")
         checkpoint.load_weights(model, state["weights"], path)
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError:  # of a version that grouped the weights differently
+            raise InputError(f"{path}: its optimiser's state does not fit this version of train.py; go on with the version that began the "
+                             f"run, or start a new one with --init-from {config['out']}") from None
         if state["scaler"]:  # empty where the run has none
             scaler.load_state_dict(state["scaler"])
         step, best, counts = state["step"], state["best"], state["counts"]

@@ -236,9 +236,8 @@ def resumed(given, folder):
         config = json.loads(file.read_text())
         before = config["out"]
         config |= {key: config[key] and tuple(config[key]) for key in ("size", "crop")}
-        defaults = vars(parser().parse_args([]))
         # A setting that the run does not know is younger than the run, and was as published.
-        config = PAPER | {key: default for key, default in defaults.items() if default is not None} | config
+        config = vars(parser().parse_args([])) | PAPER | config
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py began") from None
     except (OSError, ValueError, KeyError, TypeError):

@@ -215,3 +215,19 @@ def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypat
     monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
     with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos when the run began, and has 5 now, or others"):
         run(monkeypatch, "--resume", out)
+
+
+def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
+    """Settings that it does not know are as published; an optimiser that does not fit is refused in a sentence."""
+    out = tmp_path / "run"
+    run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    younger = ("optimizer", "decay", "balance", "sst_lr_scale", "check")
+    (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in younger}))
+    resumed = settings.resolve(["--resume", str(out)])
+    assert [resumed[key] for key in younger] == ["adamw", "drop", 0, 1, None]
+    content = torch.load(out / "last.pt", weights_only=True)
+    content["config"] = {key: value for key, value in content["config"].items() if key not in younger}
+    torch.save(content, out / "last.pt")
+    with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit this version of train.py; go on with the version"):
+        run(monkeypatch, "--resume", out)
