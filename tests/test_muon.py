@@ -54,9 +54,22 @@ def test_a_step_is_as_long_as_adamws_and_a_convolution_is_a_matrix():
     net.weight.grad = rand(16, 8, 3, 3)
     optimiser(net, weight_decay=0.0).step()
     step = (net.weight - before).flatten(1).detach()
-    # Half momentum, half Nesterov's look ahead: the direction of the first step is the gradient's.
+    # The momentum began at zero, so the direction of the first step is the gradient's.
     torch.testing.assert_close(step, -0.1 * 0.2 * 72 ** 0.5 * orthogonalised(rand(16, 8, 3, 3).flatten(1)[None])[0])
     assert 0.015 < step.square().mean().sqrt() < 0.025  # AdamW's would be about 0.1 * 0.2
+
+
+def test_momentum_by_hand_in_the_second_step():
+    net = nn.Linear(3, 4, bias=False).double()
+    first, second = rand(4, 3, seed=1), rand(4, 3, seed=2)
+    muon = optimiser(net, weight_decay=0.0)
+    for gradient in (first, second):
+        before = net.weight.detach().clone()
+        net.weight.grad = gradient.clone()
+        muon.step()
+    momentum = 0.95 * 0.05 * first + 0.05 * second
+    direction = orthogonalised((0.05 * second + 0.95 * momentum)[None])[0]
+    torch.testing.assert_close(net.weight.detach() - before, -0.1 * 0.2 * 4 ** 0.5 * direction)
 
 
 def test_weight_decay_is_decoupled_and_a_zero_gradient_moves_nothing_else():
