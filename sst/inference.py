@@ -24,14 +24,9 @@ def photo_logits(net, image, size=None, domains=None, scale=1.0):
         canvas, _, box = fit(image, (H, W))
     device = next(net.parameters()).device
     x = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None].float() / 255
-    F_ = net.features(x)[-1]
     top, left, height, width = box
-    logits = {}
-    for name in domains or net.heads:
-        A = F.interpolate(net.heads[name](F_).float(), size=x.shape[-2:], mode="bilinear", align_corners=False)
-        A = A[:, :, top:top + height, left:left + width]
-        logits[name] = F.interpolate(A, size=(h, w), mode="bilinear", align_corners=False)[0]
-    return logits
+    return {name: F.interpolate(A[:, :, top:top + height, left:left + width].float(), size=(h, w), mode="bilinear", align_corners=False)[0]
+            for name, A in net(x, domains).items()}
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from .errors import InputError
 from .resnet import ResNet
 
 
+STRIDE = 32  # of the deepest map
+
+
 @dataclass(frozen=True)
 class Arch:
     """Sizes of the network. The presets are one architecture in three sizes."""
@@ -220,20 +223,28 @@ class ParsingNet(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def features(self, images):
-        """images (B, 3, H, W), RGB in [0, 1], any H and W -> [H_1, H_2, H_3], (B, D, h, w) at 1/16, 1/8, 1/4, rounded up."""
-        c4, *rest = self.backbone((images - self.mean) / self.std)
+        """images (B, 3, H, W), RGB in [0, 1], any H and W -> [H_1, H_2, H_3], (B, D, h, w) at 1/16, 1/8, 1/4, rounded up.
+
+        Pixel (i, j) of the map of stride s stands for the s x s pixels of the image that begin at (s*i, s*j).
+        """
+        H, W = images.shape[-2:]
+        # Sides that STRIDE does not divide would give every level a stride of its own (375 pixels: 375/12 = 31.25 at 1/32),
+        # and the levels would be stretched onto each other. Padding in the mean colour, which is zero here, keeps them in register.
+        x = F.pad((images - self.mean) / self.std, (0, -W % STRIDE, 0, -H % STRIDE))
+        c4, *rest = self.backbone(x)
         e8, e16, x = self.encoder(rest)
-        H = []
+        maps = []
         for stage, lateral in zip(self.decoder, (e16, e8, c4)):
             x = stage(x, lateral)
-            H.append(x)
-        return H
+            maps.append(x)
+        return [H_l[:, :, :-(-H // s), :-(-W // s)] for H_l, s in zip(maps, (16, 8, 4))]
 
-    def forward(self, images):
-        """images (B, 3, H, W), RGB in [0, 1] -> {domain: logits (B, Z, H, W)} of every domain."""
+    def forward(self, images, domains=None):
+        """images (B, 3, H, W), RGB in [0, 1] -> {domain: logits (B, Z, H, W)} of the domains named, or of every one."""
+        H, W = images.shape[-2:]
         F_ = self.features(images)[-1]
-        return {name: F.interpolate(head(F_), size=images.shape[-2:], mode="bilinear", align_corners=False)
-                for name, head in self.heads.items()}
+        return {name: F.interpolate(self.heads[name](F_), scale_factor=4, mode="bilinear", align_corners=False)[:, :, :H, :W]
+                for name in domains or self.heads}
 
     def spec(self):
         """The network's sizes as plain values; `from_spec` builds it again."""

@@ -6,13 +6,15 @@ target domain beside a frozen one that was trained on the source domains. `build
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from .batches import MEAN_COLOUR
 from .checkpoint import load_weights
-from .domains import from_dict
+from .domains import IGNORE, from_dict
 from .errors import InputError
 from .losses import L_seg
-from .model import ParsingNet, from_spec
+from .model import STRIDE, ParsingNet, from_spec
 from .modules import SST, full_precision, predicted_regions, rows_of
 
 
@@ -25,7 +27,7 @@ class Universal(nn.Module):
 
     def forward(self, images, labels, domain, given=None):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
-        labels = labels.long()
+        images, labels = padded(images, labels.long())
         H = self.features(images)
         logits, terms, X = {}, {}, {}
         for i, (name, head) in enumerate(self.net.heads.items()):
@@ -46,11 +48,22 @@ class Universal(nn.Module):
 
         labels (B, H, W) int64 of any domain: only what they ignore counts.
         """
+        images, labels = padded(images, labels)
         H = self.features(images)
         logits = {name: head(H[-1]) for name, head in self.net.heads.items()}
         with torch.autocast(images.device.type, enabled=False):
             H = full_precision(H)
             return {name: self.sst.represent(name, H, predicted_regions(A, labels, H)) for name, A in logits.items()}
+
+
+def padded(images, labels):
+    """A batch with sides that STRIDE divides, so that every map lies exactly on the labels. What is added is ignored."""
+    h, w = labels.shape[-2:]
+    if h % STRIDE == 0 and w % STRIDE == 0:
+        return images, labels
+    frame = (0, -w % STRIDE, 0, -h % STRIDE)
+    channels = [F.pad(channel, frame, value=colour) for channel, colour in zip(images.unbind(1), MEAN_COLOUR)]
+    return torch.stack(channels, dim=1), F.pad(labels, frame, value=IGNORE)
 
 
 class Dedicated(Universal):

@@ -62,7 +62,7 @@ def results(*names):
 # In Python -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)), ({"max_side": 40}, (24, 40))])
+@pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)), ({"max_side": 50}, (30, 50))])
 def test_label_maps_are_the_classes_of_the_logits_that_validation_scores(model, options, size):
     image = photo(60, 100)
     parser = sst.load(model, **options)
