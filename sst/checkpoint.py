@@ -1,27 +1,41 @@
-"""Files of a run: the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and previous.pt before it).
+"""Files of weights: what a run writes and reads, networks built from them, what one run takes over from
+another.
 
-All are loaded with weights_only=True: a stranger's file runs no code. All are read against the checksums that they hold: a
-file that was damaged is refused, never loaded.
+A run's files are the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and
+previous.pt before it). All are loaded with weights_only=True: a stranger's file runs no code. All are read
+against the checksums that they
+hold: a file that was damaged is refused, never loaded.
 """
 
 import json
 import os
+import pickle
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 
 from .domains import from_dict
 from .errors import InputError
-from .model import from_spec
+from .model import Arch, ParsingNet
 
 FORMAT = 1
+# what last.pt holds beyond a model.pt
+RUN = {"step", "optimizer", "scaler", "best", "counts", "lists", "config"}
+IMAGENET = {  # torchvision's IMAGENET1K_V1 files, by blocks per stage
+    (3, 4, 6, 3): "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    (3, 4, 23, 3): "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+
+
+# Writing ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def written_whole(path):
-    """A file, open for writing, that appears under its name once it is whole: what was there before survives a crash or a full disk."""
+    """A file, open for writing, that gets its name once it is whole: what was there survives a full disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -41,9 +55,10 @@ def save(content, path):
         with written_whole(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # PyTorch's writer hides what the disk said
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk is full, or the folder cannot be written"
-        raise InputError(f"{path}: could not be written ({reason}); what was there before is whole: free some space, then go on with "
-                         f"--resume {Path(path).parent}") from None
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or "the disk is full, or the folder cannot be written"
+        raise InputError(f"{path}: could not be written ({reason}); what was there before is whole: free "
+                         f"some space, then go on with --resume {Path(path).parent}") from None
 
 
 def save_last(content, folder):
@@ -53,6 +68,9 @@ def save_last(content, folder):
     if last.exists():
         os.replace(last, last.with_name("previous.pt"))
     os.replace(fresh, last)
+
+
+# Reading ----------------------------------------------------------------------------------------------------
 
 
 def load_last(folder):
@@ -71,61 +89,36 @@ def load_last(folder):
         if last == previous or not previous.exists():
             raise
         step = load(previous, "run")["step"]
-        raise InputError(f"{error}; the checkpoint before it, of step {step}, is whole: mv {previous} {last}") from None
+        raise InputError(f"{error}; the checkpoint before it, of step {step}, is whole: mv {previous} "
+                         f"{last}") from None
 
 
 def load(path, kind):
-    """The content of a checkpoint; kind: "model" (model.pt, best.pt) or "run" (last.pt). Raises InputError."""
+    """The content of a checkpoint; kind: "model" (model.pt, best.pt) or "run" (last.pt)."""
+    expected = "model.pt or best.pt" if kind == "model" else "last.pt"
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a {'model.pt or best.pt' if kind == 'model' else 'last.pt'} that train.py wrote")
+        raise InputError(f"{path}: no such file; give a {expected} that train.py wrote")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # a checksum is wrong; torch.load does not look at them
                 raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file leads the readers of zip and pickle to whatever they raise
-        raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it again or use another "
-                         f"checkpoint of the run") from None
-    wanted = {"format", "arch", "domains", "weights"} | ({"step", "optimizer", "scaler", "best", "counts", "lists", "config"} if kind == "run" else set())
+        raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it "
+                         "again or use another checkpoint of the run") from None
+    wanted = {"format", "arch", "domains", "weights"} | (RUN if kind == "run" else set())
     missing = wanted - set(content) if isinstance(content, dict) else wanted
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; expected a {'model.pt' if kind == 'model' else 'last.pt'} that "
-                         f"train.py wrote")
+        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; expected a {expected} that train.py "
+                         f"wrote")
     if content["format"] != FORMAT:
         raise InputError(f"{path}: format {content['format']!r}; this version reads format {FORMAT}")
     return content
 
 
-def model_content(net, domains):
-    """What model.pt holds: the kept network alone."""
-    return {"format": FORMAT, "arch": net.spec(), "domains": [d.to_dict() for d in domains], "weights": net.state_dict()}
-
-
-def load_model(path):
-    """(ParsingNet in eval mode, its label domains) from a model.pt or best.pt. Raises InputError."""
-    content = load(path, "model")
-    if "optimizer" in content:
-        raise InputError(f"{path}: a run to resume, with SST and optimizer; give the model.pt or best.pt beside it")
-    domains = [from_dict(fields, str(path)) for fields in content["domains"]]
-    net = from_spec(content["arch"], domains, str(path))
-    load_weights(net, content["weights"], path)
-    return net.eval(), domains
-
-
-def trained_size(path):
-    """(H, W) that the photos of a run were fitted into, from the config.json beside its checkpoint; None for their own size.
-
-    None too where there is no config.json; raises InputError for one that holds no settings of a run.
-    """
-    file = Path(path).with_name("config.json")
-    if not file.is_file():
-        return None
-    try:
-        size = json.loads(file.read_text())["size"]
-        return None if size is None else (int(size[0]), int(size[1]))
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise InputError(f"{file}: not the settings of a run, which say the size that photos are fitted into; give --size HxW, or put the "
-                         f"checkpoint where no other config.json lies") from None
+def domains_of(content, path):
+    """The label domains of a checkpoint."""
+    return [from_dict(fields, str(path)) for fields in content["domains"]]
 
 
 def load_weights(module, weights, path):
@@ -134,6 +127,155 @@ def load_weights(module, weights, path):
     for key in [*own, *weights]:
         found, wanted = (tuple(w[key].shape) if key in w else None for w in (weights, own))
         if found != wanted:
-            raise InputError(f"{path}: weights of another network or set of label domains: {key} is {found or 'absent'} there and "
-                             f"{wanted or 'absent'} here; use the checkpoint of a run with the same architecture and domains")
+            raise InputError(f"{path}: weights of another network or set of label domains: {key} is "
+                             f"{found or 'absent'} there and {wanted or 'absent'} here; use the checkpoint "
+                             "of a run with the same architecture and domains")
     module.load_state_dict(weights)
+
+
+def trained_size(path):
+    """(H, W) that the photos of a run were fitted into, from the config.json beside its checkpoint.
+
+    None for their own size, and where there is no config.json. Raises InputError for one that is no run's.
+    """
+    file = Path(path).with_name("config.json")
+    if not file.is_file():
+        return None
+    try:
+        size = json.loads(file.read_text())["size"]
+        return None if size is None else (int(size[0]), int(size[1]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise InputError(f"{file}: not the settings of a run, which say the size that photos are fitted "
+                         "into; give --size HxW, or put the checkpoint where no other config.json "
+                         "lies") from None
+
+
+# Networks ---------------------------------------------------------------------------------------------------
+
+
+def model_content(net, domains):
+    """What model.pt holds: the kept network alone."""
+    return {"format": FORMAT, "arch": net.spec(), "domains": [d.to_dict() for d in domains],
+            "weights": net.state_dict()}
+
+
+def load_model(path):
+    """(ParsingNet in eval mode, its label domains) from a model.pt or best.pt. Raises InputError."""
+    content = load(path, "model")
+    if "optimizer" in content:
+        raise InputError(f"{path}: a run to resume, with SST and optimizer; give the model.pt or best.pt "
+                         "beside it")
+    domains = domains_of(content, path)
+    net = from_spec(content["arch"], domains, str(path))
+    load_weights(net, content["weights"], path)
+    return net.eval(), domains
+
+
+def from_spec(spec, domains, origin="checkpoint"):
+    """A ParsingNet from `ParsingNet.spec()`. Raises InputError, naming `origin`, if it is none."""
+    known = set(Arch.__dataclass_fields__)
+    if not isinstance(spec, dict) or set(spec) != known:
+        raise InputError(f"{origin}: its architecture is {spec!r}; expected the fields "
+                         f"{', '.join(sorted(known))}")
+    try:
+        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
+        return ParsingNet(domains, Arch(**sizes))
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"{origin}: its architecture {spec!r} cannot be built "
+                         f"({' '.join(str(error).split())})") from None
+
+
+# From one run to another ------------------------------------------------------------------------------------
+
+
+def inherit(model, domains, origin, path):
+    """Give a universal parser the weights of a trained one, for all that both have. Returns it in words.
+
+    Masks are not weights: M_intra and M_static stay as this run's flags make them. Raises InputError where a
+    domain of the same name has other classes.
+    """
+    classes = {d.name: d.classes for d in domains_of(origin, path)}
+    for d in domains:
+        if classes.get(d.name, d.classes) != d.classes:
+            raise InputError(f"{path}: its domain '{d.name}' has the classes {', '.join(classes[d.name])}, "
+                             f"but --data's has {', '.join(d.classes)}; give the new one another name")
+    weights = dict(origin["weights"])
+    for key, value in origin["weights"].items():
+        if key.startswith("sst.mst."):  # a pair may be in the other order here
+            weights[other_way_round(key)] = value
+    own = model.state_dict()
+    learned = [key for key in own if not key.endswith(("M_intra", "M_static"))]
+    model.load_state_dict(own | {key: weights[key] for key in learned if key in weights})
+    loaded = dict.fromkeys(part_of(key) for key in learned if key in weights)
+    new = dict.fromkeys(part_of(key) for key in learned if key not in weights)
+    left = sorted(f"domain {name}" for name in classes.keys() - {d.name for d in domains})
+    words = ((f"loaded ({path})", loaded), (f"new ({path})", new), ("left behind", left))
+    return "\n".join(f"{what}: {', '.join(parts)}" for what, parts in words if parts)
+
+
+def other_way_round(key):
+    """ "sst.mst.a:b.W_1.2.weight" -> "sst.mst.b:a.W_2.2.weight"."""
+    pair, layer, *rest = key.removeprefix("sst.mst.").split(".")
+    if layer[-1] in "12":  # QKV_1, W_2; M_static belongs to both
+        layer = layer[:-1] + {"1": "2", "2": "1"}[layer[-1]]
+    return ".".join(["sst.mst." + ":".join(reversed(pair.split(":"))), layer, *rest])
+
+
+def part_of(key):
+    """ "sst.msa.atr.W_s.weight" -> "MSA of atr"."""
+    top, module, *rest = key.split(".")
+    if top == "net":
+        return f"head of {rest[0]}" if module == "heads" else "network"
+    return f"{module.upper()} of {rest[0]}"
+
+
+# ImageNet ---------------------------------------------------------------------------------------------------
+
+
+def load_imagenet(backbone, weights):
+    """Load ImageNet weights into a ResNet and freeze its batch norm (statistics and scales).
+
+    weights: "auto" downloads torchvision's file through torch.hub (cached); else the path of such a file.
+    Raises InputError where there is no file, no network, or another network's weights.
+    """
+    state, origin = imagenet_file(backbone.blocks, weights)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    own = backbone.state_dict()
+    # Files older than PyTorch 0.4 lack the batch counters, which nothing here uses.
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    wrong = [key for key in needed if key not in state or state[key].shape != own[key].shape]
+    wrong += [key for key in state if key not in own]
+    if wrong:
+        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
+        wanted = tuple(own[wrong[0]].shape) if wrong[0] in own else "absent"
+        raise InputError(f"{origin}: weights of another network: {wrong[0]} is {found}, expected {wanted}; "
+                         f"give the file of a ResNet with blocks {backbone.blocks}")
+    backbone.load_state_dict(state, strict=False)
+    backbone.freeze()
+
+
+def imagenet_file(blocks, weights):
+    """(state dict, where it comes from) of a ResNet's ImageNet weights."""
+    if weights == "auto":
+        url = IMAGENET.get(blocks)
+        if url is None:
+            raise InputError("--backbone-weights auto: no ImageNet file is published for a ResNet of blocks "
+                             f"{blocks}; use --backbone-weights none")
+        try:
+            load = torch.hub.load_state_dict_from_url
+            return load(url, map_location="cpu", check_hash=True, weights_only=True), url
+        except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"--backbone-weights auto: {url} could not be downloaded ({error}); fetch that "
+                             "file elsewhere and give --backbone-weights PATH, or train from scratch with "
+                             "--backbone-weights none") from None
+    if not Path(weights).is_file():
+        raise InputError(f"--backbone-weights {weights}: no such file; give torchvision's ResNet file, auto "
+                         f"or none")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+        raise InputError(f"{weights}: not a readable PyTorch weight file; give torchvision's ResNet file "
+                         f"(such as {IMAGENET[(3, 4, 6, 3)].rsplit('/', 1)[1]})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{weights}: holds a {type(state).__name__}, not a dictionary of weights")
+    return state, weights

@@ -1,34 +1,21 @@
-"""The settings of a run: flags, presets, and how they resolve. `python train.py --help` shows them in groups."""
+"""The settings of a run. One row a setting: flags, presets, checks and `python train.py --help` come from
+it."""
 
 import argparse
-import json
 import os
-from pathlib import Path
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
-from .checkpoint import load, written_whole
 from .domains import BUILTIN
 from .errors import InputError
 from .model import ARCHS
 
-# What a preset sets; any flag overrides its field. `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay,
-# backbone rate) it is Mask2Former's.
-PAPER = dict(arch="r50", backbone_weights="auto", size=None, crop=(512, 512), scale=(0.5, 2.0), batch_size=4, epochs=150, steps=None, lr=1e-4,
-             optimizer="adamw", adam_beta2=0.999, backbone_lr_scale=0.1, sst_lr_scale=1.0, weight_decay=0.05, drop_at=125 / 150, decay="drop",
-             balance=0.0, alpha=10.0, beta=1.0, lam=5.0, validations=30, log_every=20, save_every=1000, workers=4)
-# On a CPU steps are few: the optimiser and schedule that learn fastest, found by experiment (docs/experiments.md).
-SMALL = PAPER | dict(arch="small", backbone_weights="none", size=(192, 128), crop=(192, 128), batch_size=12, epochs=30, lr=0.01,
-                     optimizer="muon", adam_beta2=0.95, backbone_lr_scale=1.0, sst_lr_scale=0.1, drop_at=0.6, decay="linear", balance=0.25,
-                     validations=10, log_every=5, workers=1)
-# The figures vary in size already: the demo does not resize them.
-DEMO = SMALL | dict(size=(96, 96), crop=(96, 96), scale=(1.0, 1.0), epochs=None, steps=1800, validations=2)
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
-PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
-# What may change when a run goes on: none of it changes what is learned from data that can be read.
-FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
+PRESETS = ("demo", "small", "paper")
 
 
 def pair(text):
-    """"512x384" -> (512, 384), height first."""
+    """ "512x384" -> (512, 384), height first."""
     height, _, width = text.lower().partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH in pixels, such as 512x512")
@@ -41,273 +28,337 @@ def positive(text):
     return int(text)
 
 
-def parser():
-    p = argparse.ArgumentParser("train.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=None, description=(
-        "Train a human parser on several label domains with SST.\n\n"
-        "  python train.py --mode universal                                       the built-in figures, minutes on a CPU\n"
-        "  torchrun --nproc_per_node=8 train.py --mode universal --data pascal=DIR atr=DIR cihp=DIR      as published\n"
-        "  torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR   as published"))
-    g = p.add_argument_group("the run")
-    g.add_argument("--mode", choices=["universal", "dedicated"], default="universal", help="universal: one network, a head per label "
-                   "domain; dedicated: pre-train on source domains, then transfer to one target domain")
-    g.add_argument("--preset", choices=list(PRESETS), help="demo (default without --data), small (the demo's network, for photos), "
-                   "paper (default with --data: the published settings)")
-    g.add_argument("--out", metavar="DIR", help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ...")
-    g.add_argument("--resume", metavar="DIR|auto", help="go on with the run in DIR, at its last checkpoint, with its settings; auto: with "
-                   "the run in --out (without it: the newest of runs/), or begin it where there is none (what a scheduler's requeue runs)")
-    g.add_argument("--check", action="store_true", default=None, help="train nothing: read every file of the data once, report on it")
-    g.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation (default 0)")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="label domains and their folders; NAME is one of "
-                   f"{', '.join(BUILTIN)}, or any if PATH is a folder with a domain.json or such a file; without --data: figures")
-    g.add_argument("--size", type=pair, metavar="HxW", help="fit the whole photo into this size first (aspect kept, padded)")
-    g.add_argument("--crop", type=pair, metavar="HxW", help="the training window, cut after a random resize")
-    g.add_argument("--scale", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the random resize (0.5 2)")
-    g.add_argument("--batch-size", type=positive, metavar="B", help="images of a micro-batch, of all domains together")
-    g.add_argument("--global-batch", type=positive, metavar="G", help="images of a step, a multiple of B that the processes share "
-                   "(default: B per process)")
-    g.add_argument("--workers", type=int, metavar="N", help="loading processes per training process (--check: one per core)")
-    g.add_argument("--skip-bad", action="store_true", help="go on past files that cannot be read, naming and counting them: the list's next "
-                   "photo takes their place (default: such a file stops the run)")
-    g = p.add_argument_group("dedicated parsing (without data: figures, source cihp, target pascal)")
-    g.add_argument("--source", nargs="+", default=[], metavar="NAME=PATH", help="label domains to pre-train on (several: universal parsing)")
-    g.add_argument("--target", metavar="NAME=PATH", help="the label domain to transfer to; its head is the one that is kept")
-    g.add_argument("--source-checkpoint", metavar="RUN_DIR", help="a run to transfer from, instead of pre-training")
-    g.add_argument("--source-epochs", type=positive, metavar="N", help="length of the pre-training (the transfer's length)")
-    g.add_argument("--source-steps", type=positive, metavar="N", help="the same in optimiser steps")
-    g.add_argument("--fraction", type=float, default=1.0, metavar="PART", help="part of the target's training list, chosen by seed (1)")
-    g = p.add_argument_group("a growing pool of label domains (universal)")
-    g.add_argument("--init-from", metavar="RUN_DIR", help="start from the weights of that run; --data may add and remove domains")
-    g = p.add_argument_group("the network")
-    g.add_argument("--arch", choices=list(ARCHS), help="r50, r101 or small")
-    g.add_argument("--backbone-weights", metavar="auto|none|PATH", help="ImageNet weights: downloaded, none, or torchvision's file")
-    g = p.add_argument_group("SST (--beta 0 --lam 0 is the Multi-datasets baseline, no SST module is built)")
-    g.add_argument("--alpha", type=float, help="weight of L_seg (10)")
-    g.add_argument("--beta", type=float, help="weight of L_aux (1)")
-    g.add_argument("--lam", type=float, help="lambda, weight of L_dataset + L_img (5)")
-    g.add_argument("--intra-mask", choices=["body", "none"], default="body", help="M_intra of Eq. 6, or Eq. 5 (default body)")
-    g.add_argument("--scr", choices=["both", "dataset", "image", "none"], default="both", help="consistency terms (default both)")
-    g.add_argument("--connect", choices=["full", "progressive"], default="full", help="pairs of domains (default full)")
-    g.add_argument("--regions", choices=["label", "prediction"], default="label", help="what MSA pools over (default label)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, help="passes over all training sets together")
-    g.add_argument("--steps", type=positive, help="optimiser steps, instead of epochs")
-    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: AdamW with Muon's steps for the kept network's matrices "
-                   "(presets demo and small)")
-    g.add_argument("--lr", type=float, help="learning rate")
-    g.add_argument("--adam-beta2", type=float, metavar="B", help="AdamW's second beta (0.999; small networks from scratch: less)")
-    g.add_argument("--backbone-lr-scale", type=float, metavar="X", help="the backbone's rate is X times --lr")
-    g.add_argument("--sst-lr-scale", type=float, metavar="X", help="the rate of MSA, MSE and MST is X times --lr")
-    g.add_argument("--weight-decay", type=float)
-    g.add_argument("--drop-at", type=float, metavar="PART", help="part of the run after which the rate is less (125/150)")
-    g.add_argument("--decay", choices=["drop", "linear"], help="drop: to a tenth, as published; linear: falling to 0 at the end (demo, small)")
-    g.add_argument("--balance", type=float, metavar="P", help="L_seg's weight of a pixel: (pixels of its class in the image) ** -P (not "
-                   "published: 0; demo and small: 0.25)")
-    g.add_argument("--clip", type=float, metavar="NORM", help="shorten the gradient to this norm (not published; default: off)")
-    g.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on GPUs that have it, fp16 with "
-                   "loss scaling on those that do not, fp32 on CPUs")
-    g.add_argument("--compile", action="store_true", help="torch.compile the kept network (needs a C++ compiler on CPUs)")
-    g.add_argument("--sync-bn", action="store_true", help="batch norm over the micro-batches of all GPUs; the number of GPUs then matters")
-    g.add_argument("--max-skips", type=positive, default=20, metavar="N", help="a step whose loss or gradient is not finite is skipped, named "
-                   "and counted; stop after N of them in a row (20)")
-    g.add_argument("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (last.pt), besides those at validations")
-    g.add_argument("--validations", type=int, metavar="N", help="how often validation runs, evenly spread; 0 for never")
-    g.add_argument("--log-every", type=positive, metavar="STEPS", help="steps between lines of log.jsonl")
+@dataclass(frozen=True)
+class Setting:
+    """A row of SETTINGS.
+
+    published: its value in the preset `paper`, which is its default. allowed: (low, high) of a number, or the
+    choices.
+    columns: its values in the presets that differ; `demo` follows `small`. older: its value in a run that was
+    begun before there was such a setting.
+    """
+
+    name: str
+    type: type
+    published: object
+    allowed: object
+    help: str
+    metavar: object = None
+    nargs: object = None
+    columns: dict = field(default_factory=dict)
+    older: object = None
+
+    @property
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+    def preset(self, name):
+        """Its value in a preset."""
+        columns = {"paper": self.published, "small": self.published} | self.columns
+        return columns.get(name, columns["small"])
+
+
+def row(name, type, published, allowed, help, metavar=None, nargs=None, older=None, **columns):
+    older = published if older is None else older
+    return Setting(name, type, published, allowed, help, metavar, nargs, columns, older)
+
+
+# `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay, backbone rate) it is Mask2Former's.
+# On a CPU steps are few: `small` has the optimiser and schedule that learn fastest, found by experiment
+# (docs/experiments.md). The figures vary in size already, so `demo` does not resize them.
+SETTINGS = {
+    "the run": (
+        row("mode", str, "universal", ("universal", "dedicated"),
+            help="universal: one network, a head per label domain; dedicated: pre-train on source domains, "
+                 "then transfer to one target domain"),
+        row("preset", str, None, PRESETS,
+            help="demo (default without --data), small (the demo's network, for photos), paper (default "
+                 "with --data: the published settings)"),
+        row("out", str, None, None, metavar="DIR",
+            help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ..."),
+        row("resume", str, None, None, metavar="DIR|auto",
+            help="go on with the run in DIR, at its last checkpoint, with its settings; auto: with the run "
+                 "in --out (without it: the newest of runs/), or begin it where there is none (what a "
+                 "scheduler's requeue runs)"),
+        row("check", bool, None, None,
+            help="train nothing: read every file of the data once, report on it"),
+        row("seed", int, 0, (0, 2 ** 31 - 1),
+            help="of initial weights, order and augmentation"),
+    ),
+    "data": (
+        row("data", str, [], None, metavar="NAME=PATH", nargs="+",
+            help=f"label domains and their folders; NAME is one of {', '.join(BUILTIN)}, or any if PATH is "
+                 "a folder with a domain.json or such a file; without --data: figures"),
+        row("size", pair, None, None, small=(192, 128), demo=(96, 96), metavar="HxW",
+            help="fit the whole photo into this size first (aspect kept, padded)"),
+        row("crop", pair, (512, 512), None, small=(192, 128), demo=(96, 96), metavar="HxW",
+            help="the training window, cut after a random resize"),
+        row("scale", float, (0.5, 2.0), None, demo=(1.0, 1.0), metavar=("LOW", "HIGH"), nargs=2,
+            help="range of the random resize"),
+        row("resize", str, "independent", ("independent", "common"), older="common", small="common",
+            help="whether width and height draw factors of their own from that range, or one"),
+        row("batch_size", positive, 4, None, small=12, metavar="B",
+            help="images of a micro-batch, of all domains together"),
+        row("slots", str, "proportional", ("proportional", "equal"), older="equal", small="equal",
+            help="proportional: every photo is read once an epoch; equal: every micro-batch has as many "
+                 "images of each domain"),
+        row("global_batch", positive, None, None, metavar="G",
+            help="images of a step, a multiple of B that the processes share (default: B per process)"),
+        row("workers", int, 4, (0, 1e3), small=1, metavar="N",
+            help="loading processes per training process (--check: one per core)"),
+        row("skip_bad", bool, False, None,
+            help="go on past files that cannot be read, naming and counting them: the list's next photo "
+                 "takes their place (default: such a file stops the run)"),
+    ),
+    "dedicated parsing (without data: figures, source cihp, target pascal)": (
+        row("source", str, [], None, metavar="NAME=PATH", nargs="+",
+            help="label domains to pre-train on (several: universal parsing)"),
+        row("target", str, None, None, metavar="NAME=PATH",
+            help="the label domain to transfer to; its head is the one that is kept"),
+        row("source_checkpoint", str, None, None, metavar="RUN_DIR",
+            help="a run to transfer from, instead of pre-training"),
+        row("source_epochs", positive, None, None, metavar="N",
+            help="length of the pre-training (default: the transfer's)"),
+        row("source_steps", positive, None, None, metavar="N",
+            help="the same in optimiser steps"),
+        row("fraction", float, 1.0, (1e-9, 1), metavar="PART",
+            help="part of the target's training list, chosen by seed"),
+    ),
+    "a growing pool of label domains (universal)": (
+        row("init_from", str, None, None, metavar="RUN_DIR",
+            help="start from the weights of that run; --data may add and remove domains"),
+    ),
+    "the network": (
+        row("arch", str, "r50", tuple(ARCHS), small="small",
+            help="its sizes"),
+        row("backbone_weights", str, "auto", None, small="none", metavar="auto|none|PATH",
+            help="ImageNet weights: downloaded, none, or torchvision's file"),
+    ),
+    "SST (--beta 0 --lam 0 is the Multi-datasets baseline, no SST module is built)": (
+        row("alpha", float, 10.0, (0, 1e6),
+            help="weight of L_seg"),
+        row("beta", float, 1.0, (0, 1e6),
+            help="weight of L_aux"),
+        row("lam", float, 5.0, (0, 1e6),
+            help="lambda, weight of L_dataset + L_img; in dedicated parsing all three weigh the losses of "
+                 "both steps, but step 1 keeps the preset's beta and lam where both are 0"),
+        row("intra_mask", str, "body", ("body", "none"),
+            help="M_intra of Eq. 6, or Eq. 5"),
+        row("masks", str, None, None, metavar="FILE.json",
+            help='matrices of your own: {"intra": {"NAME": [[0 or 1, Z x Z]]}, "static": {"NAME_1:NAME_2": '
+                 '[[Z_2 x Z_1]]}}'),
+        row("scr", str, "both", ("both", "dataset", "image", "none"),
+            help="consistency terms"),
+        row("connect", str, "full", ("full", "progressive"),
+            help="pairs of domains"),
+        row("regions", str, "label", ("label", "prediction"),
+            help="what MSA pools over"),
+    ),
+    "optimisation": (
+        row("epochs", positive, 150, None, small=30, demo=None,
+            help="passes over all training sets together"),
+        row("steps", positive, None, None, demo=1800,
+            help="optimiser steps, instead of epochs"),
+        row("optimizer", str, "adamw", ("adamw", "muon"), small="muon",
+            help="muon: AdamW with Muon's steps for the kept network's matrices"),
+        row("lr", float, 1e-4, (1e-12, 10), small=0.01,
+            help="learning rate"),
+        row("adam_beta2", float, 0.999, (0, 0.999999), small=0.95, metavar="B",
+            help="AdamW's second beta"),
+        row("backbone_lr_scale", float, 0.1, (0, 1e3), small=1.0, metavar="X",
+            help="the backbone's rate is X times --lr"),
+        row("sst_lr_scale", float, 1.0, (0, 1e3), small=0.1, metavar="X",
+            help="the rate of MSA, MSE and MST is X times --lr"),
+        row("weight_decay", float, 0.05, (0, 10),
+            help="of matrices, not of norms, biases and embeddings"),
+        row("drop_at", float, 125 / 150, (0, 1), small=0.6, metavar="PART",
+            help="part of the run after which the rate is less"),
+        row("decay", str, "drop", ("drop", "linear"), small="linear",
+            help="drop: to a tenth, as published; linear: falling to 0 at the end"),
+        row("balance", float, 0.0, (0, 1), small=0.25, metavar="P",
+            help="L_seg's weight of a pixel: (pixels of its class in the image) ** -P; not published"),
+        row("clip", float, None, (1e-12, 1e12), metavar="NORM",
+            help="shorten the gradient to this norm; not published"),
+        row("precision", str, "auto", ("auto", "bf16", "fp16", "fp32"),
+            help="auto: bf16 on GPUs that have it, fp16 with loss scaling on those that do not, fp32 on "
+                 "CPUs"),
+        row("compile", bool, False, None,
+            help="torch.compile the kept network (needs a C++ compiler on CPUs)"),
+        row("sync_bn", bool, False, None,
+            help="batch norm over the micro-batches of all GPUs; their number then matters"),
+        row("max_skips", positive, 20, None, metavar="N",
+            help="a step whose loss or gradient is not finite is skipped, named and counted; stop after N "
+                 "of them in a row"),
+        row("save_every", positive, 1000, None, metavar="STEPS",
+            help="steps between checkpoints (last.pt), besides those at validations"),
+        row("validations", int, 30, (0, 1e9), small=10, demo=2, metavar="N",
+            help="how often validation runs, evenly spread; 0 for never"),
+        row("log_every", positive, 20, None, small=5, metavar="STEPS",
+            help="steps between lines of log.jsonl"),
+    ),
+}
+ROWS = {setting.name: setting for group in SETTINGS.values() for setting in group}
+
+
+class Config(SimpleNamespace):
+    """The settings of a run by name, such as config.lr. `config | {"lr": 1e-3}` is a copy with changes."""
+
+    def __or__(self, changes):
+        return Config(**vars(self) | changes)
+
+
+def preset(name):
+    """All settings of a preset."""
+    return Config(**{s.name: s.preset(name) for s in ROWS.values()}, figures=list(FIGURES))
+
+
+def restored(fields):
+    """Saved settings (config.json, a checkpoint's "config") -> Config. One that is younger than the run has
+    the value that the run was trained with.
+    """
+    older = {name: setting.older for name, setting in ROWS.items()}
+    fields = fields | {key: tuple(fields[key]) for key in ("size", "crop", "scale") if fields.get(key)}
+    return Config(**older | {"figures": list(FIGURES)} | fields)
+
+
+# The command line -------------------------------------------------------------------------------------------
+
+
+DESCRIPTION = """\
+Train a human parser on several label domains with SST.
+
+  python train.py --mode universal                                   the built-in figures, minutes on a CPU
+  torchrun --nproc_per_node=8 train.py --data pascal=DIR atr=DIR cihp=DIR                      as published
+  torchrun --nproc_per_node=8 train.py --mode dedicated --source cihp=DIR --target pascal=DIR  as published"""
+
+
+def arguments():
+    """An argparse parser of all flags."""
+    p = argparse.ArgumentParser("train.py", description=DESCRIPTION,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, rows in SETTINGS.items():
+        group = p.add_argument_group(title)
+        for s in rows:
+            if s.type is bool:
+                kind = {"action": "store_true"}
+            else:
+                choices = s.allowed if s.allowed and s.type is str else None
+                kind = {"type": s.type, "choices": choices, "metavar": s.metavar, "nargs": s.nargs}
+            group.add_argument(s.flag, dest=s.name, default=None, help=described(s), **kind)
     return p
 
 
-def resolve(argv=None, agree=lambda value: value):
-    """Command line -> settings, a plain dict with every field set. Raises InputError for settings that exclude each other.
+def described(setting):
+    """Its help, with what each preset sets."""
+    values = {name: setting.preset(name) for name in ("paper", "small", "demo")}
+    if setting.type is bool or not any(value not in (None, []) for value in values.values()):
+        return setting.help
+    values = {name: shown(value) for name, value in values.items()}
+    if len(set(values.values())) == 1:
+        return f"{setting.help} ({values['paper']})"
+    if values["small"] == values["demo"]:
+        values["small and demo"] = values.pop("small")
+        del values["demo"]
+    return f"{setting.help} ({', '.join(f'{name} {value}' for name, value in values.items())})"
 
-    agree: gives every process the first one's answer to a question about the disk.
+
+def shown(value):
+    if isinstance(value, tuple):
+        return ("x" if isinstance(value[0], int) else " ").join(f"{part:g}" for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def given(argv=None):
+    """{name: value} of the settings that a command line sets."""
+    args = {key: value for key, value in vars(arguments().parse_args(argv)).items() if value is not None}
+    return args | {"scale": tuple(args["scale"])} if "scale" in args else args
+
+
+# From flags to settings -------------------------------------------------------------------------------------
+
+
+def resolve(given, before=None):
+    """The flags given -> Config, every setting with a value. Raises InputError for settings that exclude each
+    other.
+
+    before: the Config of the run that it starts from (--init-from, --source-checkpoint), whose network it
+    keeps.
     """
-    args = vars(parser().parse_args(argv))
-    folder = agree(folder_to_resume(args))
-    if folder:
-        return resumed(given(argv), folder)
-    check_scenario(args)
-    origin = args["init_from"] or args["source_checkpoint"]
-    if origin and Path(origin).is_file():
-        flag = "init-from" if args["init_from"] else "source-checkpoint"
-        raise InputError(f"--{flag} {origin}: is a file, and model.pt alone lacks the auxiliary modules; give the run's folder, whose "
-                         f"last.pt has them")
-    before = load(Path(origin) / "last.pt", "run")["config"] if origin else {}
-    args["preset"] = args["preset"] or before.get("preset") or ("paper" if args["data"] or args["source"] or args["target"] else "demo")
-    preset = PRESETS[args["preset"]] | {key: before[key] for key in ("arch", "backbone_weights") if before}
-    for key in ("arch", "backbone_weights"):
-        if before and args[key] not in (None, before[key]):
-            raise InputError(f"--{key.replace('_', '-')} {args[key]}: the network of {origin} has {before[key]}, which it keeps; leave the "
-                             f"flag out")
-    if args["epochs"] and args["steps"]:
-        raise InputError(f"--epochs {args['epochs']} and --steps {args['steps']}: give one of them")
-    if args["epochs"] or args["steps"]:
-        preset = preset | dict(epochs=None, steps=None)
-    if args["check"]:
-        preset = preset | dict(workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    config = {key: preset.get(key) if value is None else value for key, value in args.items()} | {"figures": list(FIGURES)}
-    for key, low, high in (("alpha", 0, 1e6), ("beta", 0, 1e6), ("lam", 0, 1e6), ("lr", 1e-12, 10), ("adam_beta2", 0, 0.999999),
-                           ("backbone_lr_scale", 0, 1e3), ("sst_lr_scale", 0, 1e3), ("weight_decay", 0, 10), ("drop_at", 0, 1),
-                           ("balance", 0, 1), ("validations", 0, 1e9), ("workers", 0, 1e3), ("seed", 0, 2 ** 31 - 1), ("fraction", 1e-9, 1), ("clip", 1e-12, 1e12)):
-        if config[key] is not None and not low <= config[key] <= high:  # also refuses NaN
-            raise InputError(f"--{key.replace('_', '-')} {config[key]}: must lie between {low:g} and {high:g}")
-    if not 0.01 <= config["scale"][0] <= config["scale"][1] <= 100:
-        raise InputError(f"--scale {config['scale'][0]} {config['scale'][1]}: give the smaller factor first, such as 0.5 2")
-    for side in config["crop"]:
-        if side < 32:
-            raise InputError(f"--crop {config['crop'][0]}x{config['crop'][1]}: the deepest map has a 32nd of that size; use 32 or "
-                             f"more on each side")
-    if config["batch_size"] == 1 and max(config["crop"]) <= 32:
-        raise InputError("--batch-size 1 with --crop 32x32: batch norm has one pixel left in the deepest map and needs two; use a larger "
-                         "crop or batch")
-    if config["preset"] == "paper" and not (config["data"] or config["target"]):
-        raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 crops; give --data or --preset demo")
-    if config["global_batch"] and config["global_batch"] % config["batch_size"]:
-        raise InputError(f"--global-batch {config['global_batch']}: must be a multiple of --batch-size {config['batch_size']}")
+    check_scenario(preset("paper") | given)
+    data = any(given.get(key) for key in ("data", "source", "target"))
+    name = given.get("preset") or (before and before.preset) or ("paper" if data else "demo")
+    changes = {"preset": name} | given
+    if before:
+        for key in ("arch", "backbone_weights"):
+            was, origin = getattr(before, key), given.get("init_from") or given.get("source_checkpoint")
+            if given.get(key) not in (None, was):
+                raise InputError(f"{ROWS[key].flag} {given[key]}: the network of {origin} has {was}, which "
+                                 "it keeps; leave the flag out")
+            changes[key] = was
+    if "epochs" in given and "steps" in given:
+        raise InputError(f"--epochs {given['epochs']} and --steps {given['steps']}: give one of them")
+    if "epochs" in given or "steps" in given:
+        changes = {"epochs": None, "steps": None} | changes
+    if given.get("check") and "workers" not in given:
+        changes[
+            "workers"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    config = preset(name) | changes
+    check(config)
     return config
 
 
-def check_scenario(args):
-    """Flags of one scenario in the other, and sources that are the target."""
-    dedicated = args["mode"] == "dedicated"
-    other = ["data", "init_from"] if dedicated else ["source", "target", "source_checkpoint", "source_epochs", "source_steps"]
-    given = [key for key in other if args[key]] + ["fraction"] * (not dedicated and args["fraction"] != 1)
-    if given:
-        raise InputError(f"--{given[0].replace('_', '-')}: has no meaning with --mode {args['mode']}; "
-                         + ("give --source NAME=PATH and --target NAME=PATH" if dedicated else "it belongs to --mode dedicated"))
+def check(config):
+    """Refuse values that are out of range, or that do not fit each other."""
+    for setting in ROWS.values():
+        value = getattr(config, setting.name)
+        if setting.type in (int, float) and setting.allowed and value is not None:
+            low, high = setting.allowed
+            if not low <= value <= high:  # also refuses NaN
+                raise InputError(f"{setting.flag} {value}: must lie between {low:g} and {high:g}")
+    low, high = config.scale
+    if not 0.01 <= low <= high <= 100:
+        raise InputError(f"--scale {low} {high}: give the smaller factor first, such as 0.5 2")
+    if min(config.crop) < 32:
+        raise InputError(f"--crop {config.crop[0]}x{config.crop[1]}: the deepest map has a 32nd of that "
+                         "size; use 32 or more on each side")
+    if config.batch_size == 1 and max(config.crop) <= 32:
+        raise InputError("--batch-size 1 with --crop 32x32: batch norm has one pixel left in the deepest map "
+                         "and needs two; use a larger crop or batch")
+    if config.preset == "paper" and not (config.data or config.target):
+        raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 "
+                         "crops; give --data or --preset demo")
+    if config.global_batch and config.global_batch % config.batch_size:
+        raise InputError(f"--global-batch {config.global_batch}: must be a multiple of --batch-size "
+                         f"{config.batch_size}")
+
+
+def check_scenario(config):
+    """Refuse flags of one scenario in the other, and sources that are the target."""
+    dedicated = config.mode == "dedicated"
+    other = ["data", "init_from"] if dedicated else [
+        "source", "target", "source_checkpoint", "source_epochs", "source_steps"]
+    wrong = [key for key in other if getattr(config, key)] + [
+        "fraction"] * (not dedicated and config.fraction != 1)
+    if wrong:
+        raise InputError(f"{ROWS[wrong[0]].flag}: has no meaning with --mode {config.mode}; "
+                         + ("give --source NAME=PATH and --target NAME=PATH" if dedicated else
+                            "it belongs to --mode dedicated"))
     if not dedicated:
         return
-    if args["source_checkpoint"] and (args["source"] or args["source_epochs"] or args["source_steps"]):
-        raise InputError(f"--source-checkpoint {args['source_checkpoint']}: takes the place of pre-training; leave out --source, "
-                         f"--source-epochs and --source-steps")
-    if args["source_epochs"] and args["source_steps"]:
-        raise InputError(f"--source-epochs {args['source_epochs']} and --source-steps {args['source_steps']}: give one of them")
-    if bool(args["source"]) != bool(args["target"]) and not args["source_checkpoint"]:
-        raise InputError("--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither for the built-in figures")
-    if args["target"] and args["target"].partition("=")[0] in [spec.partition("=")[0] for spec in args["source"]]:
-        raise InputError(f"--target {args['target']}: is a source domain too; a transfer needs two different label domains")
-
-
-def stages(config):
-    """The trainings of a run, one after another: its settings, or for dedicated parsing those of both steps of Eq. 13.
-
-    Step 1 is universal parsing of the sources with the preset's weights of the losses: --beta 0 --lam 0 makes step 2 plain
-    fine-tuning, from the same start. Step 2's settings, saved, give both steps again.
-    """
-    if config["mode"] == "universal":
-        return [config]
-    target = config | {"data": [config["target"]] if config["target"] else [], "figures": ["pascal"]}
-    own_source = f"{config['out']}/source"
-    if config["source_checkpoint"] not in (None, own_source):
-        return [target]
-    preset = PRESETS[config["preset"]]
-    length = {key: config[f"source_{key}"] for key in ("epochs", "steps")}
-    if not any(length.values()):
-        length = {"epochs": config["epochs"], "steps": None if config["epochs"] else config["steps"]}
-    source = config | {key: preset[key] for key in ("alpha", "beta", "lam")} | length | {
-        "mode": "universal", "data": config["source"], "figures": ["cihp"], "out": own_source, "fraction": 1.0, "source_checkpoint": None}
-    return [source, target | {"source_checkpoint": own_source}]
-
-
-# Runs that go on ---------------------------------------------------------------------------------------------------------------
-
-
-def given(argv):
-    """The flags that a command line sets, whatever their defaults."""
-    p, unset = parser(), object()
-    args = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(p.parse_args([])), unset))))
-    return {key: value for key, value in args.items() if value is not unset}
-
-
-def folder_to_resume(args):
-    """The folder of the run that the command goes on with; None for a new run."""
-    if args["resume"] not in (None, "auto"):
-        return args["resume"]
-    if args["resume"] is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun started the processes again
-        return None
-    n = numbered(args["mode"]) - 1
-    folder = Path(args["out"]) if args["out"] else run_folder(args["mode"], n)
-    return str(folder) if (args["out"] or n) and (folder / "config.json").is_file() else None
-
-
-def resumed(given, folder):
-    """The settings of the run in `folder`. Raises InputError for a flag that contradicts them."""
-    file = Path(folder) / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        before = config["out"]
-        config |= {key: config[key] and tuple(config[key]) for key in ("size", "crop")}
-        # A setting that the run does not know is younger than the run, and was as published.
-        config = vars(parser().parse_args([])) | PAPER | config
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py began") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: not the settings of a run; put the file back, or start a new run") from None
-    for key, value in given.items():
-        was = config.get(key)
-        if key in ("data", "source", "target") and was:  # folders may have moved; the lists are compared when they are read
-            same = names(value) == names(was)
-        elif key == "out":
-            same = Path(value) == Path(folder)
-        else:
-            same = key in FREE or value == was
-        if not same:
-            value, was = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, was))
-            raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it is {was or 'not set'}; leave the flag out (a "
-                             f"resumed run keeps its settings), or start a new run")
-        config[key] = value
-    if config["source_checkpoint"] == f"{before}/source":
-        config["source_checkpoint"] = f"{folder}/source"
-    return config | {"resume": folder, "out": folder}
+    if config.source_checkpoint and (config.source or config.source_epochs or config.source_steps):
+        raise InputError(f"--source-checkpoint {config.source_checkpoint}: takes the place of pre-training; "
+                         "leave out --source, --source-epochs and --source-steps")
+    if config.source_epochs and config.source_steps:
+        raise InputError(f"--source-epochs {config.source_epochs} and --source-steps {config.source_steps}: "
+                         "give one of them")
+    if bool(config.source) != bool(config.target) and not config.source_checkpoint:
+        raise InputError("--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither for "
+                         "the built-in figures")
+    if config.target and names(config.target)[0] in names(config.source):
+        raise InputError(f"--target {config.target}: is a source domain too; a transfer needs two different "
+                         "label domains")
 
 
 def names(specs):
     """["pascal=DIR"] or "pascal=DIR" -> ["pascal"]."""
     return [spec.partition("=")[0] for spec in ([specs] if isinstance(specs, str) else specs)]
-
-
-def check_unchanged(config, state, path):
-    """Refuse to go on where config.json is not what the checkpoint was trained with."""
-    for key, was in state["config"].items():
-        if key not in (*FREE, "data", "source", "target", "source_checkpoint") and plain(config.get(key)) != plain(was):
-            raise InputError(f"{path}: was trained with --{key.replace('_', '-')} {was}, but config.json beside it says {config.get(key)}; put "
-                             f"config.json back, or start a new run")
-
-
-def plain(value):
-    """As JSON keeps it."""
-    return json.loads(json.dumps(value))
-
-
-def run_folder(mode, n):
-    """runs/universal, runs/universal-2, ..."""
-    return Path("runs") / (mode if n == 1 else f"{mode}-{n}")
-
-
-def numbered(mode):
-    """The number of the first of these folders that is not there yet."""
-    n = 1
-    while run_folder(mode, n).exists():
-        n += 1
-    return n
-
-
-def free_folder(config):
-    """A new run's folder, as a Path; raises InputError where it holds a run already."""
-    folder = Path(config["out"]) if config["out"] else run_folder(config["mode"], numbered(config["mode"]))
-    held = [name for name in ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt") if (folder / name).exists()]
-    if held:
-        way_on = f", or go on with it: --resume {folder}" if "config.json" in held else ""
-        raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another folder{way_on}")
-    return folder
-
-
-def open_folder(config):
-    """Make the run's folder with its config.json; raises InputError where it cannot be written."""
-    folder = Path(config["out"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "config.json") as file:
-            file.write((json.dumps(config, indent=1) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder of yours") from None
-    return folder

@@ -1,39 +1,52 @@
-"""What several processes need beyond DistributedDataParallel: a place to run, sums over ranks, one batch norm for all, and a common end."""
+"""What several processes need beyond DistributedDataParallel.
+
+A place to run, sums over ranks, one batch norm for all, and a common end. Alone, a process is rank 0 of 1.
+"""
 
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm, too, is one
 
 from .errors import InputError
-
 
 # PyTorch 2.13 renames DistributedDataParallel's broadcast_buffers; 2.6 knows no other name.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
+class Place(NamedTuple):
+    """Where a process runs: its rank among `world` processes, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
 def start():
-    """(rank, world, device) of this process. Under torchrun joins the group: NCCL on GPUs, gloo on CPUs."""
+    """The Place of this process. Under torchrun joins the group: NCCL on GPUs, gloo on CPUs."""
     gpu = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"torchrun started {device.index + 1} or more processes here, but there are {torch.cuda.device_count()} GPUs; "
-                             f"use --nproc_per_node={torch.cuda.device_count()}")
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise InputError(f"torchrun started {device.index + 1} or more processes here, but there are "
+                             f"{count} GPUs; use --nproc_per_node={count}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store = launch_store()
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps one store through its restarts, where processes would find the addresses of those that are gone.
+            # The store outlives restarts: processes would find the addresses of those that are gone.
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
+    return Place(rank, world, device)
 
 
 def stop():
@@ -42,20 +55,38 @@ def stop():
         dist.destroy_process_group()
 
 
-def total(tensor):
+@cache
+def launch_store():
+    """The store that torchrun keeps through its restarts; None without torchrun."""
+    return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else None
+
+
+def remember(key, value):
+    """Leave a text for the processes that torchrun starts in place of these; nothing without torchrun."""
+    if launch_store() is not None:
+        launch_store().set(f"sst {key}", value)
+
+
+def recall(key):
+    """The text that processes of this launch left, or None."""
+    store = launch_store()
+    return store.get(f"sst {key}").decode() if store is not None and store.check([f"sst {key}"]) else None
+
+
+def all_reduce(tensor):
     """The sum of a tensor over all processes (itself where there is one)."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def wait():
+def barrier():
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def agree(value):
+def broadcast(value):
     """The first process's value, in all of them."""
     if not dist.is_initialized():
         return value
@@ -73,16 +104,28 @@ def gather(values):
     return sorted(values)
 
 
+def first():
+    """Whether this is the first process: the one that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def print0(text, file=None):
+    """Print in the first process, at once."""
+    if first():
+        print(text, file=file or sys.stdout, flush=True)
+
+
 def peak_memory(device):
     """The most that this process has held so far, in GiB: of the GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform ==
+        "darwin" else 2 ** 20)
 
 
 def compiler_fault(device):
-    """Why torch.compile does not work on this machine, in a few words, or None. On CPUs it needs a C++ compiler."""
+    """Why torch.compile does not work on this machine, in a few words, or None. CPUs need a C++ compiler."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # of many types, by what is missing
@@ -90,7 +133,7 @@ def compiler_fault(device):
 
 
 class Interruption:
-    """Within its block remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that the training loop can end between two steps.
+    """Remembers a SIGTERM (preemption) or SIGINT (Ctrl-C), so that training can end between two steps.
 
     `signal` is its number, or 0. A second Ctrl-C ends the process at once.
     """
@@ -98,7 +141,7 @@ class Interruption:
     signal = 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {n: signal.signal(n, self.remember) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def remember(self, number, frame):
@@ -108,7 +151,7 @@ class Interruption:
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        # Loading processes that are left are deaf to the SIGTERM that would end them, and DataLoader takes their end for a failure.
+        # Loading processes ignore the SIGTERM that would end them. DataLoader takes their end for a failure.
         watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
@@ -116,8 +159,8 @@ class Interruption:
         signal.signal(signal.SIGCHLD, watch)
 
 
-def deaf(worker):
-    """Set up a loading process: a signal to the whole group is for the training process, which still needs it to end in order."""
+def ignore_signals(worker):
+    """Set up a loading process: a signal to the whole group is for the training process, which needs it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -125,12 +168,13 @@ def deaf(worker):
 class StepBatchNorm:
     """Running statistics of batch norm that do not depend on the number of processes.
 
-    Batch norm normalises within a micro-batch. Its running statistics must come out the same whether a step's K micro-batches
-    ran one after another or on K ranks: each starts from the statistics before the step, and the step's are their mean.
+    Batch norm normalises within a micro-batch. Its running statistics must come out the same whether a step's
+    K micro-batches ran one after another or on K ranks: each starts from the statistics before the step, and
+    the step's are their mean.
     """
 
     def __init__(self, net):
-        self.norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        self.norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training]
         self.buffers = [b for m in self.norms for b in (m.running_mean, m.running_var)]
 
     def begin(self):
@@ -148,7 +192,7 @@ class StepBatchNorm:
     def finish(self, K):
         """After a step of K micro-batches in all."""
         if self.buffers:
-            self.write(total(self.sum) / K, self.seen + K)
+            self.write(all_reduce(self.sum) / K, self.seen + K)
 
     def undo(self):
         """Forget a step."""

@@ -1,8 +1,9 @@
 """Label domains (SST, Sec. 3.1): a dataset's own classes, and the priors that the paper's masks are made of.
 
-A label domain is a value: class names in id order, which of them swap in a mirrored photo, and which touch on the body
-(M_intra, Eq. 6). The similarity of two domains' class names is M_static (Eq. 8). The built-in domains are the JSON files
-in `sst/builtin/`, written in the very format in which a user adds a domain of their own (`domain.json`).
+A label domain is a value: class names in id order, which of them swap in a mirrored photo, and which touch on
+the body (M_intra, Eq. 6). The similarity of two domains' class names is M_static (Eq. 8). The built-in
+domains are the JSON files in `sst/builtin/`, written in the very format in which a user adds a domain of
+their own (`domain.json`).
 """
 
 import colorsys
@@ -31,8 +32,8 @@ class LabelDomain:
     classes:    class names in id order; id 0 is the background.
     flip_pairs: pairs of names that change places in a mirrored photo (left arm, right arm).
     adjacency:  pairs of names that touch on the body; None where nobody has said.
-    label_map:  class name -> raw labels on disk (integers, or tag names); None where the files hold class ids.
-    Raises InputError where these contradict each other; `origin` is the file that the message names.
+    label_map:  class name -> raw labels on disk (integers, or tag names); None where the files hold class
+    ids. Raises InputError where these contradict each other; `origin` is the file that the message names.
     """
 
     name: str
@@ -57,7 +58,8 @@ class LabelDomain:
     def intra_mask(self):
         """M_intra of Eq. 6: (Z, Z) float32, 1 where two classes touch on the body; symmetric, diagonal 1."""
         if self.adjacency is None:
-            raise InputError(f"{self.origin}: domain '{self.name}' says nothing of which classes touch on the body; add "
+            raise InputError(f"{self.origin}: domain '{self.name}' says nothing of which classes touch on "
+                             "the body; add "
                              f'"adjacency": [["class", "class"], ...] to it, or train with --intra-mask none')
         mask = torch.eye(self.num_classes)
         for a, b in self.adjacency:
@@ -91,14 +93,16 @@ class LabelDomain:
 def from_dict(fields, origin="label domain"):
     """A LabelDomain from the fields of a domain.json; raises InputError naming `origin`."""
     if not isinstance(fields, dict):
-        raise InputError(f"{origin}: found {type(fields).__name__}; a label domain is one JSON object with name and classes")
+        raise InputError(f"{origin}: found {type(fields).__name__}; a label domain is one JSON object with "
+                         "name and classes")
     known = ("name", "classes", "flip_pairs", "adjacency", "label_map")
     unknown = [key for key in fields if key not in known + FILE_KEYS]
     if unknown:
         raise InputError(f"{origin}: unknown key '{unknown[0]}'; known are {', '.join(known + FILE_KEYS)}")
     for key in ("name", "classes"):
         if key not in fields:
-            raise InputError(f"{origin}: '{key}' is missing; a label domain needs a name and its classes in id order")
+            raise InputError(f"{origin}: '{key}' is missing; a label domain needs a name and its classes in "
+                             "id order")
     for key in FILE_KEYS:
         if key in fields and not isinstance(fields[key], str):
             raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a path relative to this file")
@@ -107,7 +111,8 @@ def from_dict(fields, origin="label domain"):
             raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a list")
     pairs = {key: None if fields.get(key) is None else tuple(tuple(p) if isinstance(p, (list, tuple)) else p
                                                              for p in fields[key]) for key in known[2:4]}
-    return LabelDomain(fields["name"], tuple(fields["classes"]), pairs["flip_pairs"] or (), pairs["adjacency"],
+    flip_pairs, adjacency = pairs["flip_pairs"] or (), pairs["adjacency"]
+    return LabelDomain(fields["name"], tuple(fields["classes"]), flip_pairs, adjacency,
                        fields.get("label_map"), str(origin))
 
 
@@ -117,98 +122,175 @@ def check(domain):
     if not isinstance(domain.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain.name):
         raise InputError(f"{where}: the domain's name is {domain.name!r}; use letters, digits, '-' and '_'")
     if hasattr(torch.nn.ModuleDict, domain.name) or domain.name in ("training", "seg", "aux"):
-        raise InputError(f"{where}: '{domain.name}' is a word that PyTorch keeps for itself; give the domain another name")
+        raise InputError(f"{where}: '{domain.name}' is a word that PyTorch keeps for itself; give the domain "
+                         "another name")
     for name in classes:
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings, the background first")
+            raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings, the "
+                             "background first")
         if classes.count(name) > 1:
             raise InputError(f"{where}: class '{name}' is listed twice; every class needs a name of its own")
     if not 2 <= len(classes) <= IGNORE:
-        raise InputError(f"{where}: {len(classes)} classes; a domain has 2 to {IGNORE} (id {IGNORE} means ignored)")
+        raise InputError(f"{where}: {len(classes)} classes; a domain has 2 to {IGNORE} (id {IGNORE} means "
+                         "ignored)")
     for key in ("flip_pairs", "adjacency"):
         for pair in getattr(domain, key) or ():
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise InputError(f"{where}: {key} holds {pair!r}; every entry is a pair of class names")
             for name in pair:
                 if name not in classes:
-                    raise InputError(f"{where}: {key} names {name!r}, which is not a class; classes are {', '.join(classes)}")
+                    raise InputError(f"{where}: {key} names {name!r}, which is not a class; classes are "
+                                     f"{', '.join(classes)}")
             if key == "flip_pairs" and classes[0] in pair:
-                raise InputError(f"{where}: flip_pairs holds the background '{classes[0]}' (id 0), which has no side; remove that pair")
+                raise InputError(f"{where}: flip_pairs holds the background '{classes[0]}' (id 0), which has "
+                                 "no side; remove that pair")
             if pair[0] == pair[1]:
                 raise InputError(f"{where}: {key} pairs '{pair[0]}' with itself; remove that pair")
     paired = [name for pair in domain.flip_pairs for name in pair]
     for name in paired:
         if paired.count(name) > 1:
-            raise InputError(f"{where}: '{name}' is in two flip_pairs; a class changes places with one other class only")
+            raise InputError(f"{where}: '{name}' is in two flip_pairs; a class changes places with one other "
+                             "class only")
     if domain.label_map is not None:
         check_label_map(domain)
 
 
 def check_label_map(domain):
     where = domain.origin
-    if not isinstance(domain.label_map, dict) or not all(isinstance(raws, (list, tuple)) for raws in domain.label_map.values()):
-        raise InputError(f'{where}: label_map must map every class to a list of raw labels, {{"class": [raw, ...]}}')
+    if (not isinstance(domain.label_map, dict)
+            or not all(isinstance(raws, (list, tuple)) for raws in domain.label_map.values())):
+        raise InputError(f'{where}: label_map must map every class to a list of raw labels, {{"class": [raw, '
+                         f'...]}}')
     for name in domain.label_map:
         if name not in domain.classes:
-            raise InputError(f"{where}: label_map names '{name}', which is not a class; classes are {', '.join(domain.classes)}")
+            raise InputError(f"{where}: label_map names '{name}', which is not a class; classes are "
+                             f"{', '.join(domain.classes)}")
     for name in domain.classes:
         if name not in domain.label_map:
-            raise InputError(f"{where}: label_map lacks class '{name}'; list its raw labels ([] if no file holds it)")
+            raise InputError(f"{where}: label_map lacks class '{name}'; list its raw labels ([] if no file "
+                             "holds it)")
     owner = {}
     for name, raws in domain.label_map.items():
         for raw in raws:
-            if not isinstance(raw, str) and (isinstance(raw, bool) or not isinstance(raw, int) or not 0 <= raw < IGNORE):
-                raise InputError(f"{where}: raw label {raw!r} of class '{name}' is neither a tag name nor an integer from 0 to "
-                                 f"{IGNORE - 1} ({IGNORE} is always ignored)")
+            whole = isinstance(raw, int) and not isinstance(raw, bool)
+            if not isinstance(raw, str) and not (whole and 0 <= raw < IGNORE):
+                raise InputError(f"{where}: raw label {raw!r} of class '{name}' is neither a tag name nor an "
+                                 f"integer from 0 to {IGNORE - 1} ({IGNORE} is always ignored)")
             if raw in owner:
-                raise InputError(f"{where}: raw label {raw!r} is listed twice, in class '{owner[raw]}' and in class '{name}'; keep one")
+                raise InputError(f"{where}: raw label {raw!r} is listed twice, in class '{owner[raw]}' and "
+                                 f"in class '{name}'; keep one")
             owner[raw] = name
     if len({type(raw) for raw in owner}) > 1:
-        raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label files hold")
+        raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label "
+                         "files hold")
 
 
 def read_class_map(file, head, domain):
     """(P,) int64: the id in `domain` of each class of the label domain `head`, or Z for none.
 
-    file: a JSON object {"class of head": "class of domain" or null, ...} with every class of head. Raises InputError.
+    file: a JSON object {"class of head": "class of domain" or null, ...} with every class of head. Raises
+    InputError.
     """
-    try:
-        names = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({' '.join(str(error).split())}); write one object that gives every class of "
-                         f"{head.name} a class of {domain.name}, or null") from None
-    if not isinstance(names, dict):
-        raise InputError(f"{file}: found {type(names).__name__}; write one JSON object that gives every class of {head.name} a class of "
-                         f"{domain.name}, or null")
+    names = read_object(file, f"write one JSON object that gives every class of {head.name} a class of "
+                              f"{domain.name}, or null")
     for name in [*names, *head.classes]:
         if name not in head.classes:
-            raise InputError(f"{file}: maps '{name}', which is no class of {head.name}; classes are {', '.join(head.classes)}")
+            raise InputError(f"{file}: maps '{name}', which is no class of {head.name}; classes are "
+                             f"{', '.join(head.classes)}")
         if name not in names:
-            raise InputError(f"{file}: lacks '{name}'; every class of {head.name} needs a class of {domain.name}, or null for none")
+            raise InputError(f"{file}: lacks '{name}'; every class of {head.name} needs a class of "
+                             f"{domain.name}, or null for none")
         if names[name] is not None and names[name] not in domain.classes:
-            raise InputError(f"{file}: maps '{name}' to {names[name]!r}, which is no class of {domain.name}; use null or one of "
-                             f"{', '.join(domain.classes)}")
-    return np.array([domain.num_classes if names[name] is None else domain.index(names[name]) for name in head.classes])
+            raise InputError(f"{file}: maps '{name}' to {names[name]!r}, which is no class of {domain.name}; "
+                             f"use null or one of {', '.join(domain.classes)}")
+    to = [names[name] for name in head.classes]
+    return np.array([domain.num_classes if name is None else domain.index(name) for name in to])
+
+
+def read_masks(file, domains, others=()):
+    """Matrices of one's own for Eq. 6 and 8: {name: M_intra (Z, Z)}, {(name_1, name_2): M_static (Z_2, Z_1)}.
+
+    file: JSON, {"intra": {"NAME": [[0 or 1]]}, "static": {"NAME_1:NAME_2": [[number]]}}. Either may be missing.
+    domains: LabelDomains whose matrices are read. others: names that the file may hold too.
+    Raises InputError for unknown names, wrong shapes and wrong values.
+    """
+    fields = read_object(file, 'write {"intra": {"NAME": [[...]]}, "static": {"NAME_1:NAME_2": [[...]]}}')
+    for key, entries in fields.items():
+        if key not in ("intra", "static") or not isinstance(entries, dict):
+            raise InputError(f"{file}: holds '{key}'; it may hold two objects, 'intra' and 'static', with a "
+                             "matrix for each name")
+    known = {d.name: d for d in domains}
+    allowed = [*known, *others]
+    intra, static = {}, {}
+    for name, rows in fields.get("intra", {}).items():
+        if name not in allowed:
+            raise InputError(f"{file}: intra names '{name}'; the run's label domains are "
+                             f"{', '.join(allowed)}")
+        if name in known:
+            Z = known[name].num_classes
+            intra[name] = as_matrix(rows, (Z, Z), f"{file}: intra of '{name}'")
+            for value in intra[name].unique():
+                if value not in (0, 1):
+                    raise InputError(f"{file}: intra of '{name}' holds {value:g}; M_intra holds 0 and 1 only")
+    for pair, rows in fields.get("static", {}).items():
+        one, _, two = pair.partition(":")
+        if one not in allowed or two not in allowed or one == two:
+            raise InputError(f"{file}: static names '{pair}'; write NAME_1:NAME_2 with two of the run's "
+                             f"label domains, {', '.join(allowed)}")
+        if (two, one) in static:
+            raise InputError(f"{file}: static holds both {two}:{one} and {pair}; keep one, its transpose is "
+                             f"the other")
+        if one in known and two in known:
+            shape = known[two].num_classes, known[one].num_classes
+            static[one, two] = as_matrix(rows, shape, f"{file}: static of '{pair}'")
+    return intra, static
+
+
+def as_matrix(rows, shape, where):
+    """Lists of numbers -> a tensor of that shape, float32, finite; raises InputError."""
+    try:
+        matrix = torch.tensor(rows, dtype=torch.float32)
+    except (TypeError, ValueError):  # rows of different lengths, or no numbers
+        matrix = None
+    if matrix is None or tuple(matrix.shape) != shape or not matrix.isfinite().all():
+        found = "no matrix of finite numbers" if matrix is None or tuple(matrix.shape) == shape else (
+            f"shape {' x '.join(map(str, matrix.shape))}")
+        raise InputError(f"{where}: {found}; write {shape[0]} rows of {shape[1]} numbers, classes in id "
+                         "order")
+    return matrix
+
+
+def read_object(file, wanted):
+    """The JSON object in a file; raises InputError that says what is wanted."""
+    try:
+        fields = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({' '.join(str(error).split())}); {wanted}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{file}: found {type(fields).__name__}; {wanted}")
+    return fields
 
 
 @cache
 def builtin_domain(name):
     """The built-in domain of that name; raises InputError with the list of names."""
     if name not in BUILTIN:
-        raise InputError(f"unknown label domain '{name}'; built in are {', '.join(BUILTIN)}, and any other NAME needs a folder "
-                         f"with a domain.json: NAME=FOLDER")
+        raise InputError(f"unknown label domain '{name}'; built in are {', '.join(BUILTIN)}, and any other "
+                         "NAME needs a folder with a domain.json: NAME=FOLDER")
     path = HERE / "builtin" / f"{name}.json"
     return from_dict(json.loads(path.read_text()), f"built-in domain {name}")
 
 
 def normalised(name):
-    """A class name as the vocabulary and the colour table spell it: lower case, words parted by single spaces."""
+    """A class name as the vocabulary and the colour table spell it: lower case, words parted by single
+    spaces."""
     return re.sub(r"[-_\s]+", " ", name.lower()).strip()
 
 
 @cache
 def vocabulary():
-    """{normalised name: (384,) float32 unit vector} from sst/label_vectors.npz (made by tools/make_label_vectors.py)."""
+    """{normalised name: (384,) float32 unit vector} from sst/label_vectors.npz (made by
+    tools/make_label_vectors.py)."""
     with np.load(HERE / "label_vectors.npz") as file:
         vectors = file["vectors"].astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -216,7 +298,8 @@ def vocabulary():
 
 
 def word_similarity(a, b):
-    """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the word embeddings of two domains' class names.
+    """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the word embeddings of two domains' class
+    names.
 
     Raises InputError for a name outside the vocabulary.
     """
@@ -225,9 +308,9 @@ def word_similarity(a, b):
         for name in domain.classes:
             row = vocabulary().get(normalised(name))
             if row is None:
-                raise InputError(f"{domain.origin}: class '{name}' has no word vector; add it to the word list of "
-                                 f"tools/make_label_vectors.py and run that, rename the class, or give SST a matrix of your "
-                                 f"own (static=...)")
+                raise InputError(f"{domain.origin}: class '{name}' has no word vector; add it to the word "
+                                 "list of tools/make_label_vectors.py and run that, rename the class, or "
+                                 "give SST a matrix of your own (static=...)")
             rows.append(row)
         return torch.from_numpy(np.stack(rows))
     return embed(a) @ embed(b).T
@@ -242,5 +325,7 @@ def colours():
 
 def hue(index):
     """The index-th of an endless series of distinct colours."""
-    turn = index * 0.61803398875 % 1  # golden ratio: neighbours in the series are far apart on the colour wheel
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(turn, 0.55 + 0.35 * (index % 2), 0.95 - 0.25 * (index % 3)))
+    # golden ratio: neighbours in the series are far apart on the colour wheel
+    turn = index * 0.61803398875 % 1
+    saturation, value = 0.55 + 0.35 * (index % 2), 0.95 - 0.25 * (index % 3)
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(turn, saturation, value))

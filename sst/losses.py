@@ -1,4 +1,4 @@
-"""The losses of SST: Eq. 1, 7 and 10-13."""
+"""The losses of SST: Eq. 1, 7 and 10-13. Equations above, what they are computed with below."""
 
 import torch
 import torch.nn.functional as F
@@ -9,52 +9,22 @@ from .domains import IGNORE
 def L_seg(A, Y, balance=0.0):
     """Eq. 1: cross-entropy of logits A (B, Z, h, w), upsampled to the label maps Y (B, H, W); 255 is ignored.
 
-    The mean over an image's pixels, then over the images, so that a crowded photo counts as much as an empty one. An image
-    with nothing but ignored pixels contributes 0.
+    The mean over an image's pixels, then over the images, so that a crowded photo counts as much as an empty
+    one. An image with nothing but ignored pixels contributes 0; so does a batch without images.
 
-    balance: 0 as published. Between that and 1 it is a weighted mean, small classes counting more: a pixel weighs n^-balance,
-    n the pixels of its class in its image. At 1 each class that an image shows counts the same.
+    balance: 0 as published. Between that and 1 it is a weighted mean, small classes counting more: a pixel
+    weighs n^-balance, n the pixels of its class in its image. At 1 each class that an image shows counts the
+    same.
     """
-    # On a CPU the softmax takes 16 numbers at once: classes of a pixel that stand side by side, or where there are fewer, pixels.
-    side_by_side = A.shape[1] >= 16
-    A = A.to(torch.promote_types(A.dtype, torch.float32), memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
-    A = F.interpolate(A, size=Y.shape[-2:], mode="bilinear", align_corners=False)
-    if side_by_side:
-        A = A.permute(0, 2, 3, 1).flatten(0, 2)  # (B*H*W, Z)
-    pixels = F.cross_entropy(A, Y.flatten() if side_by_side else Y, ignore_index=IGNORE, reduction="none").view(len(Y), -1)  # (B, H*W)
-    weights = (Y != IGNORE).flatten(1).to(pixels.dtype)
-    if balance:
-        n = weights.new_zeros(len(Y), IGNORE + 1).scatter_add_(1, Y.flatten(1), weights)
-        weights = weights * n.clamp(min=1).pow(-balance).gather(1, Y.flatten(1))
-        pixels = pixels * weights
-    return (pixels.sum(1) / weights.sum(1).clamp(min=1)).mean()  # one labelled pixel is enough for a sum of 1
+    CE = cross_entropy(A, Y)  # (B, H*W), 0 where ignored
+    weight = pixel_weights(Y, balance, CE.dtype)  # (B, H*W), 0 where ignored
+    L = (CE * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,); one labelled pixel is enough for a sum of 1
+    return L.mean() if len(L) else L.sum()
 
 
 def L_aux(A_aux, Y):
     """Eq. 7: the cross-entropy of the auxiliary logits, in the same form as Eq. 1."""
     return L_seg(A_aux, Y)
-
-
-def cosine(a, b):
-    """Cosine similarity along the last axis. A row of zeros has no direction: its cosine is 0, and so is its gradient."""
-    return (direction(a) * direction(b)).sum(-1)
-
-
-def direction(x):
-    """Rows of x at length 1; zeros, without a gradient, for rows that have none.
-
-    The softmax of Eq. 9 may put nearly all its weight on a class that M_dynamic then sets to zero: the mapped row is left with a
-    length such as 1e-25. Its direction is as good as any other's, but squared it would vanish, and its gradient would be infinite;
-    so rows are brought to size 1 by their largest entry before their length is taken, which then is at least 1.
-    """
-    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
-    x = x / torch.where(largest < 1e-30, torch.inf, largest)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
-
-
-def cosine_distance(X, mapped):
-    """Mean over all rows of 1 - cos(X, mapped); the leading dimensions (image pairs) broadcast."""
-    return (1 - cosine(X, mapped)).mean()
 
 
 def L_dataset(X_1, X_2to1, X_2, X_1to2):
@@ -64,20 +34,71 @@ def L_dataset(X_1, X_2to1, X_2, X_1to2):
 
 def L_img(X_1, X_2to1, X_2, X_1to2):
     """Eq. 11: the two terms of Eq. 10 with X_l, summed over l: (L, ..., Z, D), image pairs in between."""
-    return len(X_1) * L_dataset(X_1, X_2to1, X_2, X_1to2)  # L times the mean over l
+    d_l = cosine_distance(X_1, X_2to1, keep=1) + cosine_distance(X_2, X_1to2, keep=1)  # (L,)
+    return d_l.sum()
 
 
 def L_u(terms, alpha=10, beta=1, lam=5):
-    """Eq. 12, universal parsing. terms: {"seg/NAME", "aux/NAME", "dataset", "img": scalar}; what is missing counts 0."""
+    """Eq. 12, universal parsing. terms: {"seg/NAME", "aux/NAME", "dataset", "img": scalar}; 0 if missing."""
     seg = sum(value for name, value in terms.items() if name.startswith("seg/"))
     aux = sum(value for name, value in terms.items() if name.startswith("aux/"))
     return alpha * seg + beta * aux + lam * (terms.get("dataset", 0) + terms.get("img", 0))
 
 
 def L_d(terms, target, alpha=10, beta=1, lam=5):
-    """Eq. 13, dedicated parsing: Eq. 12 with the segmentation and auxiliary terms of the one domain that is trained.
+    """Eq. 13, dedicated parsing: Eq. 12 with L_seg and L_aux of the one domain that is trained.
 
     In the first step that is the source, without consistency terms; in the second the target.
     """
-    kept = {name: value for name, value in terms.items() if "/" not in name or name.split("/", 1)[1] == target}
+    kept = {name: value for name, value in terms.items() if "/" not in name or name.endswith("/" + target)}
     return L_u(kept, alpha, beta, lam)
+
+
+def cosine_distance(X, mapped, keep=0):
+    """Mean over all rows of 1 - cos(X, mapped); leading dimensions (image pairs) broadcast, `keep` stay."""
+    return (1 - cosine(X, mapped)).flatten(keep).mean(-1)
+
+
+def cosine(a, b):
+    """Cosine similarity along the last axis; 0, and no gradient, for a row of zeros."""
+    return (direction(a) * direction(b)).sum(-1)
+
+
+# What they are computed with --------------------------------------------------------------------------------
+
+
+def cross_entropy(A, Y):
+    """Of every pixel, in float32 (float64 stays): logits A (B, Z, h, w), labels Y (B, H, W) -> (B, H*W)."""
+    B, H, W = Y.shape
+    # On a CPU the softmax takes 16 numbers at once: classes of a pixel that stand side by side, or where
+    # there are fewer, pixels.
+    side_by_side = A.shape[1] >= 16
+    layout = torch.channels_last if side_by_side else torch.contiguous_format
+    A = A.to(torch.promote_types(A.dtype, torch.float32), memory_format=layout)
+    A = F.interpolate(A, size=(H, W), mode="bilinear", align_corners=False)
+    if side_by_side:
+        A, Y = A.permute(0, 2, 3, 1).flatten(0, 2), Y.flatten()  # (B*H*W, Z), (B*H*W,)
+    return F.cross_entropy(A, Y, ignore_index=IGNORE, reduction="none").view(B, H * W)
+
+
+def pixel_weights(Y, balance, dtype):
+    """(B, H*W): 0 for ignored pixels, for others n^-balance; n counts the pixels of its class in its
+    image."""
+    weight = (Y != IGNORE).flatten(1).to(dtype)
+    if not balance:
+        return weight
+    n = weight.new_zeros(len(Y), IGNORE + 1).scatter_add_(1, Y.flatten(1), weight)
+    return weight * n.clamp(min=1).pow(-balance).gather(1, Y.flatten(1))
+
+
+def direction(x):
+    """Rows of x at length 1; zeros, without a gradient, for rows that have none.
+
+    The softmax of Eq. 9 may put nearly all its weight on a class that M_dynamic then sets to zero: the mapped
+    row is left with a length such as 1e-25. Its direction is as good as any other's, but squared it would
+    vanish, and its gradient would be infinite. So rows are brought to size 1 by their largest entry before
+    their length is taken, which then is at least 1.
+    """
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+    x = x / torch.where(largest < 1e-30, torch.inf, largest)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)

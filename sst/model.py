@@ -1,4 +1,4 @@
-"""The network that is kept (SST, Sec. 4.1 "Human Parsing Network"): backbone, encoder, decoder and a head per label domain.
+"""The network that is kept (Sec. 4.1, "Human Parsing Network"): backbone, encoder, decoder, heads.
 
 It knows nothing of MSA, MSE and MST (sst/modules.py): those only read its feature maps while it is trained.
 """
@@ -48,11 +48,12 @@ def sine_position(h, w, dim, device):
         angle = angle[:, None] / wavelength  # (n, dim/4)
         axes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1))  # (n, dim/2)
     rows, columns = axes
-    return torch.cat([rows[:, None].expand(h, w, dim // 2), columns[None].expand(h, w, dim // 2)], dim=-1).reshape(h * w, dim)
+    rows, columns = rows[:, None].expand(h, w, dim // 2), columns[None].expand(h, w, dim // 2)
+    return torch.cat([rows, columns], dim=-1).reshape(h * w, dim)
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over the pixels of all levels, then a feed-forward net; residual, post-norm."""
+    """Deformable self-attention over the pixels of all levels, then a feed-forward net; post-norm."""
 
     def __init__(self, arch, levels):
         super().__init__()
@@ -64,7 +65,7 @@ class EncoderLayer(nn.Module):
         self.output = nn.Linear(arch.dim, arch.dim)
         self.norm1, self.norm2 = nn.LayerNorm(arch.dim), nn.LayerNorm(arch.dim)
         self.ffn = nn.Sequential(nn.Linear(arch.dim, arch.ffn), nn.ReLU(), nn.Linear(arch.ffn, arch.dim))
-        # At the start head m looks in direction m of a circle, its point p at p + 1 pixels, all with equal weight.
+        # At the start head m looks in direction m of a circle, at 1, 2 .. P pixels, all with equal weight.
         angle = torch.arange(arch.heads) * (2 * torch.pi / arch.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # (M, 2), onto the unit square
@@ -100,7 +101,8 @@ class Encoder(nn.Module):
     def __init__(self, channels, arch):
         super().__init__()
         groups = 32 if arch.dim % 32 == 0 else 1
-        self.projections = nn.ModuleList(nn.Sequential(nn.Conv2d(c, arch.dim, 1), nn.GroupNorm(groups, arch.dim)) for c in channels)
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, arch.dim, 1), nn.GroupNorm(groups, arch.dim)) for c in channels)
         self.level = nn.Parameter(torch.randn(len(channels), arch.dim))
         self.layers = nn.ModuleList(EncoderLayer(arch, len(channels)) for _ in range(arch.layers))
         for projection in self.projections:
@@ -113,7 +115,8 @@ class Encoder(nn.Module):
         B, D = maps[0].shape[:2]
         device = maps[0].device
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, S, D)
-        position = torch.cat([sine_position(h, w, D, device) + self.level[l] for l, (h, w) in enumerate(shapes)])  # (S, D)
+        position = torch.cat([sine_position(h, w, D, device) + level
+                              for (h, w), level in zip(shapes, self.level)])  # (S, D)
         reference = torch.cat([pixel_centres(h, w, device) for h, w in shapes])  # (S, 2)
         for layer in self.layers:
             x = layer(x, position, reference, shapes)
@@ -129,7 +132,7 @@ def pixel_centres(h, w, device):
 
 
 class SwinBlock(nn.Module):
-    """A Swin Transformer block (Liu et al. 2021): attention within windows of n x n pixels, then an MLP; pre-norm.
+    """A Swin Transformer block (Liu et al. 2021): attention in windows of n x n pixels, then an MLP.
 
     shift: pixels by which the windows are displaced, 0 or n // 2.
     """
@@ -155,12 +158,14 @@ class SwinBlock(nn.Module):
         if s:
             y = y.roll((-s, -s), dims=(1, 2))
         y = self.windows(y)  # (B*N, n*n, D), N windows an image
-        q, k, v = (t.transpose(1, 2) for t in self.qkv(y).view(-1, n * n, 3, M, D // M).unbind(2))  # each (B*N, M, n*n, D/M)
+        qkv = self.qkv(y).view(-1, n * n, 3, M, D // M)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # each (B*N, M, n*n, D/M)
         bias = self.bias[self.offset].permute(2, 0, 1)  # (M, n*n, n*n)
         if s or h != H or w != W:
             # Rolling and padding bring pixels into one window that do not belong together.
-            zone = self.windows(zones(H, h, s, x.device)[:, None, None] * 8 + zones(W, w, s, x.device)[:, None])  # (N, n*n, 1)
-            # -inf and not a large negative number: exp(-100) is a denormal, and arithmetic on those is ten times slower.
+            rows, columns = zones(H, h, s, x.device), zones(W, w, s, x.device)
+            zone = self.windows(rows[:, None, None] * 8 + columns[:, None])  # (N, n*n, 1)
+            # -inf and not a large negative number: exp(-100) is a denormal, and they are ten times slower.
             bias = bias.masked_fill((zone != zone.transpose(1, 2))[:, None], -torch.inf)  # (N, M, n*n, n*n)
         attention = q * (D // M) ** -0.5 @ k.transpose(-1, -2)  # (B*N, M, n*n, n*n)
         attention = (attention.unflatten(0, (B, -1)) + bias).flatten(0, 1).softmax(dim=-1)
@@ -193,7 +198,8 @@ class DecoderStage(nn.Module):
     def __init__(self, lateral, arch):
         super().__init__()
         self.lateral = nn.Conv2d(lateral, arch.dim, 1)
-        self.blocks = nn.Sequential(*(SwinBlock(arch.dim, arch.heads, arch.window, s, arch.mlp) for s in (0, arch.window // 2)))
+        self.blocks = nn.Sequential(*(SwinBlock(arch.dim, arch.heads, arch.window, shift, arch.mlp)
+                                      for shift in (0, arch.window // 2)))
 
     def forward(self, x, lateral):
         lateral = self.lateral(lateral)
@@ -219,17 +225,17 @@ class ParsingNet(nn.Module):
         dim = self.arch.dim
         self.decoder = nn.ModuleList(DecoderStage(channels, self.arch) for channels in (dim, dim, c4))
         self.heads = nn.ModuleDict({name: nn.Conv2d(dim, classes, 1) for name, classes in domains.items()})
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet's
+            self.register_buffer(name, torch.tensor(rgb).view(3, 1, 1), persistent=False)
 
     def features(self, images):
-        """images (B, 3, H, W), RGB in [0, 1], any H and W -> [H_1, H_2, H_3], (B, D, h, w) at 1/16, 1/8, 1/4, rounded up.
+        """images (B, 3, H, W), RGB in [0, 1], any H and W -> [H_1, H_2, H_3] at 1/16, 1/8, 1/4, (B, D, h, w).
 
-        Pixel (i, j) of the map of stride s stands for the s x s pixels of the image that begin at (s*i, s*j).
+        Pixel (i, j) of the map at 1/s stands for the s x s pixels of the image at (s*i, s*j): h = ceil(H/s).
         """
         H, W = images.shape[-2:]
-        # Sides that STRIDE does not divide would give every level a stride of its own (375 pixels: 375/12 = 31.25 at 1/32),
-        # and the levels would be stretched onto each other. Padding in the mean colour, which is zero here, keeps them in register.
+        # Levels round up: 375 pixels would be 12 at 1/32, each 31.25 wide, and the levels would be stretched
+        # onto each other. So sides are padded to multiples of 32, in the mean colour, which is zero here.
         x = F.pad((images - self.mean) / self.std, (0, -W % STRIDE, 0, -H % STRIDE))
         c4, *rest = self.backbone(x)
         e8, e16, x = self.encoder(rest)
@@ -240,23 +246,16 @@ class ParsingNet(nn.Module):
         return [H_l[:, :, :-(-H // s), :-(-W // s)] for H_l, s in zip(maps, (16, 8, 4))]
 
     def forward(self, images, domains=None):
-        """images (B, 3, H, W), RGB in [0, 1] -> {domain: logits (B, Z, H, W)} of the domains named, or of every one."""
+        """images (B, 3, H, W), RGB in [0, 1] -> {domain: logits (B, Z, H, W)} of those domains, or of all."""
         H, W = images.shape[-2:]
         F_ = self.features(images)[-1]
-        return {name: F.interpolate(self.heads[name](F_), scale_factor=4, mode="bilinear", align_corners=False)[:, :, :H, :W]
-                for name in domains or self.heads}
+        logits = {}
+        for name in domains or self.heads:
+            A = F.interpolate(self.heads[name](F_), scale_factor=4, mode="bilinear", align_corners=False)
+            logits[name] = A[:, :, :H, :W]
+        return logits
 
     def spec(self):
-        """The network's sizes as plain values; `from_spec` builds it again."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.arch).items()}
-
-
-def from_spec(spec, domains, origin="checkpoint"):
-    """A ParsingNet from `ParsingNet.spec()`; raises InputError, naming `origin`, where the sizes are none that fit together."""
-    known = set(Arch.__dataclass_fields__)
-    if not isinstance(spec, dict) or set(spec) != known:
-        raise InputError(f"{origin}: its architecture is {spec!r}; expected the fields {', '.join(sorted(known))}")
-    try:
-        return ParsingNet(domains, Arch(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}))
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(f"{origin}: its architecture {spec!r} cannot be built ({' '.join(str(error).split())})") from None
+        """The network's sizes as plain values; `checkpoint.from_spec` builds it again."""
+        sizes = asdict(self.arch)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}

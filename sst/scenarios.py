@@ -1,21 +1,23 @@
 """The two scenarios of SST (Sec. 3.3) as what is trained: a batch in, loss terms out.
 
-Universal parsing (Eq. 12) trains one network with a head per label domain. Dedicated parsing (Eq. 13) trains a network for one
-target domain beside a frozen one that was trained on the source domains. `build` makes either from the settings of a run,
-`inherit` fills a universal parser with what a trained one knows.
+Universal parsing (Eq. 12) trains one network with a head per label domain. Dedicated parsing (Eq. 13) trains
+a network for one target domain, beside a frozen one that was trained on the source domains. `build` makes
+either from the settings of a run.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import MEAN_COLOUR
-from .checkpoint import load_weights
-from .domains import IGNORE, from_dict
+from .checkpoint import domains_of, from_spec, inherit, load, load_imagenet, load_weights
+from .config import names
+from .distributed import compiler_fault, print0
+from .domains import IGNORE, read_masks
 from .errors import InputError
+from .batches import MEAN_COLOUR
 from .losses import L_seg
-from .model import STRIDE, ParsingNet, from_spec
-from .modules import SST, full_precision, predicted_regions, rows_of
+from .model import STRIDE, ParsingNet
+from .modules import SST, intra_matrix, named, paired, rows_of, static_matrix
 
 
 class Universal(nn.Module):
@@ -24,50 +26,50 @@ class Universal(nn.Module):
     def __init__(self, net, sst, balance=0.0):
         super().__init__()
         self.net, self.sst, self.balance = net, sst, balance
+        self.extract = net.features  # --compile puts its compiled form here: crops have one size, photos many
 
     def forward(self, images, labels, domain, given=None):
-        """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
+        """images (B, 3, H, W) uint8, labels (B, H, W) uint8 -> {term: scalar}, {domain: [X_0 .. X_L]}.
+
+        domain: of each image its domain's name, or its position among the network's heads.
+        """
+        domain = named(domain, list(self.net.heads))
         images, labels = padded(images, labels.long())
         H = self.features(images)
-        logits, terms, X = {}, {}, {}
-        for i, (name, head) in enumerate(self.net.heads.items()):
-            rows = rows_of(domain, i)
-            logits[name] = head(H[-1][rows])
-            terms[f"seg/{name}"] = L_seg(logits[name], labels[rows], self.balance)
+        A, terms, X = {}, {}, {}
+        for name, head in self.net.heads.items():
+            rows = rows_of(domain, name)
+            A[name] = head(H[-1][rows])
+            terms[f"seg/{name}"] = L_seg(A[name], labels[rows], self.balance)  # Eq. 1
         if self.sst is not None:
-            losses, X = self.sst(H, labels, domain, logits, given)
+            losses, X = self.sst(H, labels, domain, A, given)
             terms |= losses
+            for name in [name for name in self.net.heads if name not in domain]:
+                terms |= absent(name, self.sst, terms)
         return terms, X
 
     def features(self, images):
-        return self.net.features(images.to(self.net.mean.dtype, memory_format=torch.channels_last) / 255)
+        scaled = images.to(self.net.mean.dtype, memory_format=torch.channels_last) / 255
+        return self.extract(scaled)
 
     @torch.no_grad()
     def represent(self, images, labels):
-        """{domain: (S, X)} of images that are labelled in none of its domains; the regions are its own heads' argmax.
+        """{domain: (S, X)} of images that are labelled in none of its domains: its own heads' argmax is
+        delta.
 
         labels (B, H, W) int64 of any domain: only what they ignore counts.
         """
         images, labels = padded(images, labels)
         H = self.features(images)
-        logits = {name: head(H[-1]) for name, head in self.net.heads.items()}
-        with torch.autocast(images.device.type, enabled=False):
-            H = full_precision(H)
-            return {name: self.sst.represent(name, H, predicted_regions(A, labels, H)) for name, A in logits.items()}
-
-
-def padded(images, labels):
-    """A batch with sides that STRIDE divides, so that every map lies exactly on the labels. What is added is ignored."""
-    h, w = labels.shape[-2:]
-    if h % STRIDE == 0 and w % STRIDE == 0:
-        return images, labels
-    frame = (0, -w % STRIDE, 0, -h % STRIDE)
-    channels = [F.pad(channel, frame, value=colour) for channel, colour in zip(images.unbind(1), MEAN_COLOUR)]
-    return torch.stack(channels, dim=1), F.pad(labels, frame, value=IGNORE)
+        A = {name: head(H[-1]) for name, head in self.net.heads.items()}
+        return {name: self.sst.represent(name, H, labels, A[name]) for name in A}
 
 
 class Dedicated(Universal):
-    """A network for one target domain, its SST, and beside them the frozen source: a Universal that never changes (Eq. 13, step 2)."""
+    """A network for one target domain, its SST, and beside them the frozen source (Eq. 13, step 2).
+
+    source: a Universal that never changes.
+    """
 
     def __init__(self, net, sst, source, balance=0.0):
         super().__init__(net, sst, balance)
@@ -82,92 +84,129 @@ class Dedicated(Universal):
         return super().forward(images, labels, domain, given=self.source.represent(images, labels.long()))
 
 
+def padded(images, labels):
+    """A batch at sides that STRIDE divides, so that every map lies exactly on the labels. What is added is
+    ignored."""
+    h, w = labels.shape[-2:]
+    if h % STRIDE == 0 and w % STRIDE == 0:
+        return images, labels
+    frame = (0, -w % STRIDE, 0, -h % STRIDE)
+    channels = [F.pad(channel, frame, value=colour) for channel, colour in zip(images.unbind(1), MEAN_COLOUR)]
+    return torch.stack(channels, dim=1), F.pad(labels, frame, value=IGNORE)
+
+
+def absent(name, sst, terms):
+    """The terms of a domain that a micro-batch has no image of (--slots proportional): 0.
+
+    With a gradient of zeros for all that only its images reach: DDP waits for one of every parameter.
+    """
+    parts = [*(modules[name] for modules in (sst.msa, sst.mse) if name in modules)]
+    parts += [mst for pair, mst in sst.mst.items() if name in pair.split(":")]
+    zero = sum(0 * p.sum() for part in parts for p in part.parameters())
+    key = f"aux/{name}" if sst.aux else "img"
+    return {key: terms.get(key, 0) + zero} if sst.aux or sst.image_level else {}
+
+
+# From settings ----------------------------------------------------------------------------------------------
+
+
 def build(config, domains, origin=None, resumed=False):
     """What a run trains. A seed gives the network the same weights whether SST is there or not.
 
-    origin: content of the last.pt (`checkpoint.load`) named by config["source_checkpoint"] or config["init_from"], or None.
+    origin: content of the last.pt (`checkpoint.load`) that --source-checkpoint or --init-from names, or None.
     resumed: the weights will come from a checkpoint of the run itself.
     Raises InputError where a checkpoint does not suit.
     """
-    torch.manual_seed(config["seed"])
-    net = from_spec(origin["arch"], domains) if origin else ParsingNet(domains, config["arch"])
-    if config["backbone_weights"] != "none":
+    torch.manual_seed(config.seed)
+    net = from_spec(origin["arch"], domains) if origin else ParsingNet(domains, config.arch)
+    if config.backbone_weights != "none":
         if origin or resumed:
             net.backbone.freeze()
         else:
-            net.backbone.load_imagenet(config["backbone_weights"])
-    torch.manual_seed(config["seed"] + 1)
-    if config["mode"] == "dedicated":
-        return dedicated(config, domains, origin, net)
-    return Universal(net, build_sst(config, domains, net.arch.dim), config["balance"])
+            load_imagenet(net.backbone, config.backbone_weights)
+    torch.manual_seed(config.seed + 1)
+    if config.mode == "dedicated":
+        return build_dedicated(config, domains, origin, net)
+    return Universal(net, build_sst(config, domains, net.arch.dim), config.balance)
+
+
+def prepare(config, domains, device, resumed=False):
+    """The model of a run as it starts, on its device, and in words what it takes over from another run."""
+    start = config.source_checkpoint or config.init_from
+    # a universal parser then finds all in its own checkpoint
+    needed = start and not (resumed and config.init_from)
+    origin = load(f"{start}/last.pt", "run") if needed else None
+    model, words = build(config, domains, origin, resumed), ""
+    if origin and config.init_from:
+        words = inherit(model, domains, origin, f"{start}/last.pt")
+    model.to(device, memory_format=torch.channels_last).train()
+    if config.sync_bn:
+        if device.type != "cuda":
+            raise InputError("--sync-bn: PyTorch has it for GPUs only; leave it out")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.compile:
+        if fault := compiler_fault(device):
+            print0(f"--compile: torch.compile does not work on this machine ({fault}); the run goes on "
+                   "without it")
+        else:
+            model.extract = torch.compile(model.net.features, dynamic=False)
+    return model, words
 
 
 def build_sst(config, domains, dim, sources=()):
-    """The SST that a run's flags ask for, or None; raises InputError where a domain lacks what its masks are made of."""
-    aux = config["beta"] > 0
-    scr = config["scr"] if config["lam"] > 0 and (sources or len(domains) > 1) else "none"
+    """The SST that a run's flags ask for, or None."""
+    aux, scr = config.beta > 0, consistency(config, domains, sources)
     if not aux and scr == "none":
         return None
-    return SST(domains, dim, config["intra_mask"], scr, config["connect"], aux, config["regions"], sources=sources)
+    intra, static = matrices(config, domains, sources)
+    return SST(domains, dim, config.intra_mask, scr, config.connect, aux, config.regions,
+               static=static, sources=sources, intra=intra)
 
 
-def dedicated(config, domains, origin, net):
-    path = f"{config['source_checkpoint']}/last.pt"
+def consistency(config, domains, sources):
+    """--scr, or "none" where there is no weight on it, or no pair of domains."""
+    return config.scr if config.lam > 0 and (sources or len(domains) > 1) else "none"
+
+
+def matrices(config, domains, sources=()):
+    """{name: M_intra}, {(name_1, name_2): M_static}: what the losses of a run need.
+
+    Raises InputError where a domain lacks what they are made of, and for a --masks that does not fit. Called
+    before anything is trained, and again where SST is built.
+    """
+    aux, scr = config.beta > 0, consistency(config, domains, sources)
+    every = [*domains, *sources]
+    intra, static = read_masks(config.masks, every, names(config.target or [])) if config.masks else ({}, {})
+    if config.intra_mask == "body" and (aux or scr in ("both", "image")):
+        intra = {d.name: intra_matrix(d, intra) for d in domains}
+    if scr in ("both", "dataset"):
+        pairs = paired(domains, sources, config.connect)
+        static = {(one.name, two.name): static_matrix(one, two, static) for one, two in pairs}
+    return intra, static
+
+
+def build_dedicated(config, domains, origin, net):
+    path = f"{config.source_checkpoint}/last.pt"
     sources = domains_of(origin, path)
     for d in domains:
         if d.name in (s.name for s in sources):
-            raise InputError(f"--target {d.name}: is a source domain too ({path} was trained on {', '.join(s.name for s in sources)}); a "
-                             f"transfer needs two different label domains")
+            raise InputError(f"--target {d.name}: is a source domain too ({path} was trained on "
+                             f"{', '.join(s.name for s in sources)}); a transfer needs two different label "
+                             "domains")
     # The network starts as a copy of the source's, with a new head.
     weights = {key: value for key, value in origin["weights"].items() if key.startswith("net.")}
     net.load_state_dict({key: weights.get(f"net.{key}", value) for key, value in net.state_dict().items()})
     sst = build_sst(config, domains, net.arch.dim, sources)
-    if sst is None or not sst.pairs:  # nothing to be consistent with: plain fine-tuning, with or without L_aux
-        return Universal(net, sst, config["balance"])
-    weights |= {key: value for key, value in origin["weights"].items() if key.startswith(("sst.msa.", "sst.mse."))}
+    # nothing to be consistent with: plain fine-tuning, with or without L_aux
+    if sst is None or not sst.pairs:
+        return Universal(net, sst, config.balance)
+    modules = ("sst.msa.", "sst.mse.")
+    weights |= {key: value for key, value in origin["weights"].items() if key.startswith(modules)}
     if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
-        raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam {config['lam']:g} needs; give the folder of a run "
-                         f"that has them, or --lam 0")
-    source = Universal(from_spec(origin["arch"], sources, path), SST(sources, net.arch.dim, origin["config"]["intra_mask"], scr="none"))
+        raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam {config.lam:g} "
+                         "needs; give the folder of a run that has them, or --lam 0")
+    intra = {s.name: weights[f"sst.mse.{s.name}.M_intra"] for s in sources}
+    frozen = SST(sources, net.arch.dim, scr="none", intra=intra)
+    source = Universal(from_spec(origin["arch"], sources, path), frozen)
     load_weights(source, weights, path)
-    return Dedicated(net, sst, source, config["balance"])
-
-
-def domains_of(content, path):
-    """The label domains of a checkpoint."""
-    return [from_dict(fields, str(path)) for fields in content["domains"]]
-
-
-def inherit(model, domains, origin, path):
-    """Give a universal parser the weights of a trained one, for all that both have. Returns what is loaded and what is new, in words.
-
-    Masks are not weights: M_intra and M_static stay as this run's flags make them. Raises InputError where a domain of the same
-    name has other classes.
-    """
-    classes = {d.name: d.classes for d in domains_of(origin, path)}
-    for d in domains:
-        if classes.get(d.name, d.classes) != d.classes:
-            raise InputError(f"{path}: its domain '{d.name}' has the classes {', '.join(classes[d.name])}, but --data's has "
-                             f"{', '.join(d.classes)}; give the new one another name")
-    weights = dict(origin["weights"])
-    for key, value in origin["weights"].items():
-        if key.startswith("sst.mst."):  # a pair may be in the other order here
-            pair, layer, *rest = key.removeprefix("sst.mst.").split(".")
-            other_way = ":".join(reversed(pair.split(":")))
-            weights[".".join(["sst.mst." + other_way, layer[:-1] + {"1": "2", "2": "1"}.get(layer[-1], layer[-1]), *rest])] = value
-    own = model.state_dict()
-    loaded = [key for key in own if key in weights and not key.endswith(("M_intra", "M_static"))]
-    model.load_state_dict({key: weights[key] if key in loaded else value for key, value in own.items()})
-    parts = {part_of(key): "loaded" if key in loaded else "new" for key in own if not key.endswith(("M_intra", "M_static"))}
-    left = sorted({f"domain {name}" for name in classes} - {f"domain {d.name}" for d in domains})
-    words = [f"{what} ({path}): " + ", ".join(part for part, state in parts.items() if state == what) for what in ("loaded", "new")
-             if what in parts.values()]
-    return "\n".join(words + [f"left behind: {', '.join(left)}"] * bool(left))
-
-
-def part_of(key):
-    """ "sst.msa.atr.W_s.weight" -> "MSA of atr"."""
-    top, module, *rest = key.split(".")
-    if top == "net":
-        return f"head of {rest[0]}" if module == "heads" else "network"
-    return f"{module.upper()} of {rest[0]}"
+    return Dedicated(net, sst, source, config.balance)

@@ -1,0 +1,279 @@
+"""The life of a run: its settings, its folder, where it stands, its log, how it goes on, what may change
+meanwhile.
+
+A run's folder holds config.json, log.jsonl, the checkpoints (sst/checkpoint.py) and at the end two pictures.
+What a run promises is in docs/reliability.md.
+"""
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import checkpoint, config as settings, distributed
+from .config import names
+from .distributed import broadcast, recall, remember
+from .errors import InputError
+
+# What may change when a run goes on: none of it changes what is learned from data that can be read.
+FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
+COUNTS = ("skipped_steps", "skipped_in_a_row", "skipped_files")
+# Where data lies may change too. The training lists themselves are compared.
+PLACES = ("data", "source", "target", "source_checkpoint")
+
+
+# Settings and folder ----------------------------------------------------------------------------------------
+
+
+def configure(argv=None):
+    """Command line -> Config: of a new run, or of the run that it goes on with. Raises InputError."""
+    given = settings.given(argv)
+    folder = broadcast(folder_to_resume(given))
+    if folder:
+        return resumed(given, folder)
+    return settings.resolve(given, before(given))
+
+
+def placed(config, world):
+    """A Config with its folder, which may not be there yet, and the images of a step of `world` processes."""
+    config = config | {"global_batch": config.global_batch or config.batch_size * world}
+    if not config.resume:
+        config.out = broadcast(str(free_folder(config)))
+    remember("folder", config.out)
+    return config
+
+
+def before(given):
+    """The Config of the run that --init-from or --source-checkpoint names, or None."""
+    key = "init_from" if given.get("init_from") else "source_checkpoint"
+    origin = given.get(key)
+    if origin and Path(origin).is_file():
+        raise InputError(f"--{key.replace('_', '-')} {origin}: is a file, and model.pt alone lacks the "
+                         "auxiliary modules; give the run's folder, whose last.pt has them")
+    return settings.restored(checkpoint.load(Path(origin) / "last.pt", "run")["config"]) if origin else None
+
+
+def folder_to_resume(given):
+    """The folder of the run that the command goes on with; None for a new run."""
+    resume, out, mode = given.get("resume"), given.get("out"), given.get("mode", "universal")
+    if resume not in (None, "auto"):
+        return resume
+    if restarted() and recall("folder"):  # this launch has a folder already, and is not to take another's
+        out = recall("folder")
+    elif resume is None:
+        return None
+    n = first_free(mode) - 1
+    folder = Path(out) if out else run_folder(mode, n)
+    return str(folder) if (out or n) and (folder / "config.json").is_file() else None
+
+
+def restarted():
+    """Whether torchrun has started this process in place of one that ended."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def resumed(given, folder):
+    """The Config of the run in `folder`. Raises InputError for a flag that contradicts it."""
+    file = Path(folder) / "config.json"
+    try:
+        config = settings.restored(json.loads(file.read_text()))
+        source = f"{config.out}/source"
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py "
+                         "began") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{file}: not the settings of a run; put the file back, or start a new "
+                         "run") from None
+    for key, value in given.items():
+        was = getattr(config, key)
+        if key in ("data", "source", "target") and was:
+            same = names(value) == names(was)
+        elif key == "out":
+            same = Path(value) == Path(folder)
+        else:
+            same = key in FREE or value == was
+        if not same:
+            value, was = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, was))
+            raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it "
+                             f"is {was or 'not set'}; leave the flag out (a resumed run keeps its settings), "
+                             "or start a new run")
+        setattr(config, key, value)
+    if config.source_checkpoint == source:
+        config.source_checkpoint = f"{folder}/source"
+    return config | {"resume": folder, "out": folder}
+
+
+def stages(config):
+    """The trainings of a run, one after another: its settings, or for dedicated parsing those of both steps
+    of Eq. 13.
+
+    Step 1 is universal parsing of the sources. --beta 0 --lam 0 makes step 2 plain fine-tuning; step 1 then
+    keeps the preset's beta and lambda, so that both start from the same source. Step 2's settings, saved,
+    give both steps again.
+    """
+    if config.mode == "universal":
+        return [config]
+    own_source = f"{config.out}/source"
+    data = [config.target] if config.target else []
+    target = config | {"data": data, "figures": ["pascal"]}
+    if config.source_checkpoint not in (None, own_source):
+        return [target]
+    length = {"epochs": config.source_epochs, "steps": config.source_steps}
+    if not any(length.values()):
+        length = {"epochs": config.epochs, "steps": None if config.epochs else config.steps}
+    preset = settings.preset(config.preset)
+    weights = {} if config.beta or config.lam else {"beta": preset.beta, "lam": preset.lam}
+    source = config | length | weights | {
+        "mode": "universal", "data": config.source, "figures": ["cihp"], "out": own_source, "fraction": 1.0,
+        "target": config.target or "pascal=figures", "source_checkpoint": None}
+    return [source | begun(own_source, config), target | {"source_checkpoint": own_source}]
+
+
+def begun(folder, config):
+    """The weights of the losses of a source that a resumed run has begun: runs of earlier versions had the
+    preset's."""
+    file = Path(folder) / "config.json"
+    if not config.resume or not file.is_file():
+        return {}
+    fields = json.loads(file.read_text())
+    return {key: fields[key] for key in ("alpha", "beta", "lam")}
+
+
+def run_folder(mode, n):
+    """runs/universal, runs/universal-2, ..."""
+    return Path("runs") / (mode if n == 1 else f"{mode}-{n}")
+
+
+def first_free(mode):
+    """The number of the first of these folders that is not there yet."""
+    n = 1
+    while run_folder(mode, n).exists():
+        n += 1
+    return n
+
+
+def free_folder(config):
+    """A new run's folder, as a Path; raises InputError where it holds a run already."""
+    begun = restarted() and recall("folder")
+    if begun:
+        return Path(begun)
+    folder = Path(config.out) if config.out else run_folder(config.mode, first_free(config.mode))
+    files = ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt")
+    held = [name for name in files if (folder / name).exists()]
+    if held:
+        way_on = f", or go on with it: --resume {folder}" if "config.json" in held else ""
+        raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another "
+                         f"folder{way_on}")
+    return folder
+
+
+def open_folder(config):
+    """Make the run's folder with its config.json, in the first process. Raises InputError where it cannot."""
+    folder = Path(config.out)
+    if not distributed.first():
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with checkpoint.written_whole(folder / "config.json") as file:
+            file.write((json.dumps(vars(config), indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder of "
+                         "yours") from None
+    return folder
+
+
+# Going on ---------------------------------------------------------------------------------------------------
+
+
+def fingerprint(dataset):
+    """[number of samples, checksum of their names]: what a resumed run's training list must have kept."""
+    listed = "\n".join(Path(dataset.where(i)).name for i in range(len(dataset)))
+    return [len(dataset), zlib.crc32(listed.encode())]
+
+
+def check_unchanged(config, lists, state, path):
+    """Refuse to go on where config.json or a training list is not what the checkpoint was trained with."""
+    for key, was in state["config"].items():
+        now = getattr(config, key, None)
+        if key not in (*FREE, *PLACES) and as_json(now) != as_json(was):
+            raise InputError(f"{path}: was trained with --{key.replace('_', '-')} {was}, but config.json "
+                             f"beside it says {now}; put config.json back, or start a new run")
+    for name, now in lists.items():
+        was = state["lists"].get(name)
+        if now != was:
+            raise InputError(f"{path}: the training list of '{name}' had {was[0]} photos when the run began, "
+                             f"and has {now[0]} now, or others; put the list back, or start a new run")
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+@dataclass
+class Progress:
+    """How far a training is. It is saved with it.
+
+    best: mean mIoU of best.pt in percent. pending: a validation is due after this step and has not ended.
+    """
+
+    step: int = 0
+    best: float = -1.0
+    counts: dict = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    pending: bool = False
+
+
+def save(out, model, domains, optimizer, scaler, at, lists, config):
+    """Everything needed to go on, to last.pt, by the first process."""
+    if distributed.first():
+        content = checkpoint.model_content(model.net, domains) | vars(at) | {
+            "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "lists": lists, "config": vars(config)}
+        checkpoint.save_last(content, out)
+
+
+def restore(state, path, config, lists, model, optimizer, scaler):
+    """Put a training where the checkpoint `state` left it. Returns its Progress.
+
+    Raises InputError for settings, lists or an optimiser that are not those of the checkpoint.
+    """
+    check_unchanged(config, lists, state, path)
+    checkpoint.load_weights(model, state["weights"], path)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError:  # of a version that grouped the weights differently
+        raise InputError(f"{path}: its optimiser's state does not fit this version of train.py; go on with "
+                         "the version that began the run, or start a new one with --init-from "
+                         f"{config.out}") from None
+    if state["scaler"]:  # empty where the run has none
+        scaler.load_state_dict(state["scaler"])
+    return Progress(state["step"], state["best"], state["counts"], state.get("pending", False))
+
+
+def open_log(out, at):
+    """log.jsonl, open for appending. What a run that goes on at that Progress does again is not kept twice.
+
+    Locked while this process lives: raises InputError where another one trains in the folder.
+    """
+    log = open(out / "log.jsonl", "a+")
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise InputError(f"{out}: another process trains in this folder; wait for its end (or end it), then "
+                         f"--resume {out}") from None
+    log.seek(0)
+    kept = 0
+    for line in log.readlines():
+        try:
+            fields = json.loads(line)
+            again = at.pending and fields["step"] == at.step and fields["kind"] == "val"
+            if fields["step"] > at.step or again or not line.endswith("\n"):
+                break
+        except ValueError:  # it was being written when the run was killed, or the machine lost power
+            break
+        kept += len(line.encode())
+    log.truncate(kept)
+    return log
