@@ -23,9 +23,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, config as settings, distributed
-from sst.batches import Crops, Schedule, collate
 from sst.check import report
-from sst.data import fraction_of, open_datasets
+from sst.data import Crops, Schedule, collate, fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures

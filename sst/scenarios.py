@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import MEAN_COLOUR
 from .checkpoint import load_weights
 from .domains import IGNORE, from_dict
 from .errors import InputError
+from .files import MEAN_COLOUR
 from .losses import L_seg
 from .model import STRIDE, ParsingNet, from_spec
 from .modules import SST, full_precision, predicted_regions, rows_of
@@ -27,6 +27,7 @@ class Universal(nn.Module):
 
     def forward(self, images, labels, domain, given=None):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8, domain [B] -> {term: scalar}, {domain: [X_0 .. X_L]}."""
+        domain = [list(self.net.heads).index(d) if isinstance(d, str) else d for d in domain]
         images, labels = padded(images, labels.long())
         H = self.features(images)
         logits, terms, X = {}, {}, {}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sst.batches import Crops, Schedule, augment, collate, fit, flip_table
-from sst.data import Photos
+from sst.data import Crops, Photos, Schedule, augment, collate, flip_table
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
+from sst.files import fit
 
 
 def test_every_micro_batch_has_every_domain_and_the_rest_goes_around():
@@ -137,7 +137,7 @@ def test_a_sample_depends_on_its_key_alone():
 def test_a_batch_has_what_the_network_takes():
     images, labels, domain, names, skipped = collate([crops()[key] for key in ((0, 0, 1), (1, 0, 2))])
     assert images.shape == (2, 3, 64, 64) and images.dtype == torch.uint8 and labels.shape == (2, 64, 64)
-    assert domain == [0, 1] and all("figure" in name for name in names)
+    assert domain == ["pascal", "atr"] and all("figure" in name for name in names)
 
 
 def test_a_broken_file_reaches_the_training_loop_as_its_sentence():

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sst.data import open_dataset, open_datasets, read_image
+from sst.data import open_dataset, open_datasets
 from sst.domains import HERE
 from sst.errors import InputError
+from sst.files import read_image
 
 LAYOUTS = {  # images, labels, list, as published; the split is train
     "pascal": ("JPEGImages", "SegmentationPart", "list/train_id.txt"),

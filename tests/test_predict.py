@@ -17,9 +17,9 @@ from sst.checkpoint import model_content, save
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from sst.export import export
-from sst.inference import photo_logits
+from sst.files import pixels
+from sst.inference import label_map, photo_logits
 from sst.model import Arch, ParsingNet
-from sst.parser import label_map, pixels
 from sst.plots import colour_table, overlay
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_the_argmax_in_strips_is_the_argmax_of_the_resized_logits(monkeypatch, h
     A = torch.randn(5, 20, 30)
     whole = F.interpolate(A[None], size=(h, w), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     for strip in (1, 3 * 5 * w, 10 ** 9):  # one row, three rows, all at once
-        monkeypatch.setattr("sst.parser.STRIP", strip)
+        monkeypatch.setattr("sst.inference.STRIP", strip)
         assert (label_map(A, h, w) == whole).all()
 
 
@@ -180,7 +180,7 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.parser' not in sys.modules"
+    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.inference' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
