@@ -46,6 +46,10 @@ def export(net, domains, path):
         program = torch.onnx.export(
             copy.deepcopy(net).cpu(), (images,), dynamo=True, opset_version=18, verbose=False,
             input_names=["image"], output_names=list(domains), dynamic_shapes=({0: "N", 2: "H", 3: "W"},))
+    # The sides that come out are those that go in. The trace knows them as a formula of padding and cropping.
+    N, _, H, W = program.model.graph.inputs[0].shape
+    for output in program.model.graph.outputs:
+        output.shape = type(output.shape)([N, output.shape[1], H, W])
     classes = {name: domain.classes for name, domain in domains.items()}
     program.model.metadata_props["classes"] = json.dumps(classes)
     try:

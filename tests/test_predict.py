@@ -102,29 +102,6 @@ def test_a_path_a_pil_image_and_an_array_give_the_same(model, tmp_path):
         assert all((masks[name] == expected[name]).all() for name in expected)
 
 
-@pytest.mark.parametrize("orientation, turned", [
-    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, lambda a: a.swapaxes(0, 1)),
-    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90), (9, lambda a: a)])
-def test_exif_rotation_is_carried_out(tmp_path, orientation, turned):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(photo(30, 50)).save(tmp_path / name, exif=exif)
-        for image in (tmp_path / name, Image.open(tmp_path / name)):
-            assert np.array_equal(pixels(image), turned(photo(30, 50)))
-    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
-    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - turned(photo(30, 50))).max() < 20
-
-
-def test_exif_nonsense_does_not_matter(tmp_path):
-    exif = Image.Exif()
-    exif[0x010F], exif[0x0112] = "maker", 6
-    nonsense = bytearray(exif.tobytes())
-    nonsense[17] = 3  # the maker's name as whole numbers
-    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=bytes(nonsense))
-    assert pixels(tmp_path / "a.jpg").shape == (50, 30, 3)
-
-
 def test_photos_of_any_mode(model, tmp_path):
     parser = sst.load(model)
     grey = np.arange(40 * 48).reshape(40, 48) // 8 % 256
