@@ -18,32 +18,42 @@ import sst
 from sst.config import pair, positive
 from sst.errors import InputError
 from sst.export import export
-from sst.parser import MAX_SIDE, pixels
+from sst.files import pixels
+from sst.inference import MAX_SIDE
 from sst.plots import indexed, overlay, scaled, side_by_side
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+DESCRIPTION = """\
+Parse people in photos with a trained network. Each photo gets, for every label domain,
+  NAME.DOMAIN.png          its label map at the photo's size, class ids as palette indices
+  NAME.DOMAIN.overlay.jpg  the photo under the classes' colours, with their names
+and NAME.all.jpg, all domains side by side. NAME is the photo's path below the given folder, without its
+ending. Photos that differ in the ending alone keep it (a.jpg.DOMAIN.png); where photos below two given
+folders have the same name, all names start at the folder that holds both.
+
+  python predict.py runs/universal photo.jpg folder/ --out predictions
+  python predict.py runs/universal --export parser.onnx"""
 
 
 def arguments():
-    p = argparse.ArgumentParser("predict.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
-        "Parse people in photos with a trained network. Each photo gets, for every label domain,\n"
-        "  NAME.DOMAIN.png          its label map at the photo's size, class ids as palette indices\n"
-        "  NAME.DOMAIN.overlay.jpg  the photo under the classes' colours, with their names\n"
-        "and NAME.all.jpg, all domains side by side. NAME is the photo's path below the given folder, without its ending. Photos\n"
-        "that differ in the ending alone keep it (a.jpg.DOMAIN.png); where photos below two given folders have the same name, all\n"
-        "names start at the folder that holds both.\n\n"
-        "  python predict.py runs/universal photo.jpg folder/ --out predictions\n"
-        "  python predict.py runs/universal --export parser.onnx"))
+    """The flags, as an argparse parser."""
+    p = argparse.ArgumentParser("predict.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description=DESCRIPTION)
     p.add_argument("model", metavar="RUN_DIR|model.pt", help="a run's folder, its model.pt or its best.pt")
-    p.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER", help="photos, and folders that are searched for them with their "
-                   f"sub-folders ({', '.join(PHOTO_ENDINGS)}; hidden files and --out are left out)")
-    p.add_argument("--out", metavar="DIR", help="folder for the results; earlier results of the same name are replaced")
+    p.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER",
+                   help="photos, and folders that are searched for them with their sub-folders "
+                        f"({', '.join(PHOTO_ENDINGS)}; hidden files and --out are left out)")
+    p.add_argument("--out", metavar="DIR",
+                   help="folder for the results; earlier results of the same name are replaced")
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--size", type=pair, metavar="HxW", help="fit the whole photo into this size for the network (default: the --size "
-                   "of the run, from the config.json beside model.pt)")
-    g.add_argument("--max-side", type=positive, metavar="N", help="instead, the photo's own size, shrunk to at most N pixels on its longer "
-                   f"side (default where the run has no --size: {MAX_SIDE})")
-    p.add_argument("--export", metavar="FILE", help="write the network as ONNX; needs the packages onnx and onnxscript")
+    g.add_argument("--size", type=pair, metavar="HxW",
+                   help="fit the whole photo into this size for the network (default: the --size of the run, "
+                        "from the config.json beside model.pt)")
+    g.add_argument("--max-side", type=positive, metavar="N",
+                   help="instead, the photo's own size, shrunk to at most N pixels on its longer side "
+                        f"(default where the run has no --size: {MAX_SIDE})")
+    p.add_argument("--export", metavar="FILE",
+                   help="write the network as ONNX; needs the packages onnx and onnxscript")
     return p
 
 
@@ -55,26 +65,36 @@ def main():
         raise InputError("--out is missing; give the folder that the results go to")
     photos = find_photos(args.photos, args.out) if args.photos else {}
     parser = sst.load(args.model, args.size, args.max_side)
-    print("label domains: " + ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values()))
+    known = ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values())
+    print(f"label domains: {known}")
     if args.export:
         export(parser.net, parser.domains, args.export)
         print(f"wrote {args.export}")
-    if not photos:
-        return
-    origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"
-    print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
-          f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
-    given = {str(photo) for photo in photos.values()}
-    for name, photo in photos.items():
-        for ending in [".all.jpg", *(f".{domain}{ending}" for domain in parser.domains for ending in (".png", ".overlay.jpg"))]:
-            if os.path.abspath(f"{args.out}/{name}{ending}") in given:
-                raise InputError(f"--out {args.out}: a result of {photo} would replace the given photo {name}{ending}; give another "
-                                 f"folder")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise unwritable(args.out, error) from None
+    if photos:
+        origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"
+        print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
+              f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
+        spare_photos(photos, parser.domains, args.out)
+        parse(photos, parser, args.out)
 
+
+def spare_photos(photos, domains, out):
+    """Make the folder of the results. Raises InputError, also where a result would replace a photo."""
+    given = {str(photo) for photo in photos.values()}
+    endings = [f".{domain}{ending}" for domain in domains for ending in (".png", ".overlay.jpg")]
+    for name, photo in photos.items():
+        for ending in (".all.jpg", *endings):
+            if os.path.abspath(f"{out}/{name}{ending}") in given:
+                raise InputError(f"--out {out}: a result of {photo} would replace the given photo "
+                                 f"{name}{ending}; give another folder")
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def parse(photos, parser, out):
+    """Write the results of every photo that can be read. Raises InputError at the end for the others."""
     failed = 0
     for i, (name, photo) in enumerate(photos.items(), 1):
         started = time.time()
@@ -86,34 +106,32 @@ def main():
             continue
         masks = parser(image)
         try:
-            save(image, masks, parser.domains, Path(args.out) / name)
+            save(image, masks, parser.domains, Path(out) / name)
         except OSError as error:
-            raise unwritable(args.out, error) from None
-        print(f"{i}/{len(photos)}  {photo}  {image.shape[1]}x{image.shape[0]}  {time.time() - started:.1f} s", flush=True)
-    print(f"results of {len(photos) - failed} photos are in {args.out}")
+            raise unwritable(out, error) from None
+        h, w = image.shape[:2]
+        print(f"{i}/{len(photos)}  {photo}  {w}x{h}  {time.time() - started:.1f} s", flush=True)
+    print(f"results of {len(photos) - failed} photos are in {out}")
     if failed:
         raise InputError(f"{failed} of {len(photos)} photos could not be read and were skipped, see above")
 
 
 def unwritable(out, error):
-    return InputError(f"--out {out}: cannot be written ({error.strerror or error}); give a folder of yours, on a disk with space left")
+    return InputError(f"--out {out}: cannot be written ({error.strerror or error}); give a folder of yours, on "
+                      f"a disk with space left")
 
 
 def find_photos(given, out):
-    """{NAME of the results: path of the photo}, in the order given; folders are searched. Raises InputError."""
+    """{NAME of the results: path of the photo}, in the order given, folders searched; raises InputError."""
     out = Path(os.path.abspath(out))
     found = {}  # {photo: the folder that its NAME starts at}
     for path in given:
         path = Path(os.path.abspath(path))
         if path == out:
-            raise InputError(f"--out {out}: is a folder of photos, and a second run would take the results for photos; give another folder")
+            raise InputError(f"--out {out}: is a folder of photos, and a second run would take the results "
+                             f"for photos; give another folder")
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in PHOTO_ENDINGS and p.is_file()
-                      and not any(part.startswith(".") for part in p.relative_to(path).parts)
-                      and not (path in out.parents and out in p.parents)]
-            if not inside:
-                raise InputError(f"{path}: no photo in this folder ({', '.join(PHOTO_ENDINGS)}); give photos or a folder that holds some")
-            for photo in inside:
+            for photo in search(path, out):
                 found.setdefault(photo, path)
         elif path.exists():
             found.setdefault(path, path.parent)
@@ -124,7 +142,22 @@ def find_photos(given, out):
         shared = os.path.commonpath(found.values())
         names = [photo.relative_to(shared) for photo in found]
     taken = Counter(names) + Counter(name.with_suffix("") for name in names)
-    return {name if taken[name.with_suffix("")] > 1 else name.with_suffix(""): photo for name, photo in zip(names, found)}
+    return {name if taken[name.with_suffix("")] > 1 else name.with_suffix(""): photo
+            for name, photo in zip(names, found)}
+
+
+def search(folder, out):
+    """The photos in a folder and its sub-folders, without hidden ones and those below `out`.
+
+    Raises InputError where there is none.
+    """
+    inside = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PHOTO_ENDINGS and p.is_file()
+              and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+              and not (folder in out.parents and out in p.parents)]
+    if not inside:
+        raise InputError(f"{folder}: no photo in this folder ({', '.join(PHOTO_ENDINGS)}); give photos or a "
+                         f"folder that holds some")
+    return inside
 
 
 def save(image, masks, domains, path):

@@ -21,10 +21,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from sst import checkpoint, distributed, runs
-from sst.batches import Crops, Schedule, collate
 from sst.check import report
 from sst.config import FIGURES
-from sst.data import fraction_of, open_datasets
+from sst.data import Crops, Schedule, collate, fraction_of, open_datasets
 from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
 from sst.errors import InputError

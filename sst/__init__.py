@@ -2,6 +2,6 @@
 
 
 def load(path, size=None, max_side=None):
-    """A trained parser, `parser(image)` -> {domain: (h, w) uint8 label map}; see sst.parser.Parser."""
-    from .parser import Parser  # here, so that importing a part of the library does not import the rest
+    """A trained parser, `parser(image)` -> {domain: (h, w) uint8 label map}; see sst.inference.Parser."""
+    from .inference import Parser  # here, so that importing a part of the library does not import the rest
     return Parser(path, size, max_side)

@@ -1,7 +1,8 @@
-"""A dataset before it is trained on: `python train.py --check --data NAME=DIR ...` reads every file of every list once.
+"""A dataset before it is trained on: `python train.py --check --data NAME=DIR ...` reads every file once.
 
-Counts are of the files that can be used; the others are named, and none of them stops the reading. Which classes touch (M_intra,
-Eq. 6) is counted on the training list alone: the mask is part of the model, and validation labels must not shape it.
+Counts are of the files that can be used; the others are named, and none of them stops the reading. Which
+classes touch (M_intra, Eq. 6) is counted on the training list alone: the mask is part of the model, and
+validation labels must not shape it.
 """
 
 import json
@@ -12,21 +13,24 @@ from collections import Counter
 import numpy as np
 from torch.utils.data import DataLoader
 
-from .data import named_paths, one_line, open_dataset
+from .data import named_paths, open_dataset
 from .domains import IGNORE
 from .errors import InputError
+from .files import one_line
 
 SHOWN = 20  # entries of a long list that are printed; the rest are counted
-# A pair of classes is proposed for M_intra if it touches in this share of the photos that hold both. A few stray pixels and
-# crouching people make nearly all pairs touch somewhere: in Clothing Co-Parsing 14 of ccp-coarse's 15, 11 of them so often.
+# A pair of classes is proposed for M_intra if it touches in this share of the photos that hold both. A few
+# stray pixels and crouching people make nearly all pairs touch somewhere: in Clothing Co-Parsing 14 of
+# ccp-coarse's 15, 11 of them so often.
 TOUCHING = 0.1
 
 
 def report(stages, open_data):
-    """Read and print a report on the data of a run's trainings. Returns the exit status: 1 where a file cannot be used, else 0.
+    """Read and print a report on the data of a run's trainings.
 
-    stages: their settings; open_data: of train.py, opens the figures where a stage has no --data. Raises InputError for a --data
-    that is not NAME=PATH.
+    stages: their settings. open_data: of train.py, opens the figures where a stage has no --data. Returns
+    the exit status: 1 where a file cannot be used, else 0. Raises InputError for a --data that is not
+    NAME=PATH.
     """
     found = []  # of every dataset: title, {split: Tally}, sentences about lists that cannot be opened
     for stage in stages:
@@ -41,7 +45,8 @@ def report(stages, open_data):
             tally.read(f"{title} {split}", stages[0]["workers"])
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
-    print(f"\n{read} photos and their label maps read; " + (f"bad: {bad}, named above" if bad else "none is bad"))
+    verdict = f"bad: {bad}, named above" if bad else "none is bad"
+    print(f"\n{read} photos and their label maps read; {verdict}")
     return int(bad > 0)
 
 
@@ -58,20 +63,28 @@ def open_lists(name, path):
 
 
 class Tally:
-    """What the usable files of one list add up to. missing: sentences about ids of the list that the dataset leaves out."""
+    """What the usable files of one list add up to.
+
+    missing: sentences about ids of the list that the dataset leaves out.
+    """
 
     def __init__(self, dataset, missing=()):
         self.dataset, self.listed, self.bad = dataset, len(dataset) + len(missing), list(missing)
         self.sizes = Counter()  # (width, height) -> photos
         self.pixels = np.zeros(256, np.int64)  # of every class id
         Z = dataset.domain.num_classes
-        self.together, self.touching = np.zeros((2, Z, Z), np.int64)  # photos that hold both classes; in which they touch
+        self.together = np.zeros((Z, Z), np.int64)  # photos that hold both classes
+        self.touching = np.zeros((Z, Z), np.int64)  # photos in which they touch
 
     def read(self, title, workers):
-        """Add up `measure` of every sample, in order whatever the number of processes; progress goes to stderr."""
+        """Add up `measure` of every sample, in order whatever the number of processes.
+
+        Progress goes to stderr.
+        """
         samples = [(self.dataset, i) for i in range(len(self.dataset))]
         started = printed = time.time()
-        for n, result in enumerate(DataLoader(samples, batch_size=None, collate_fn=measure, num_workers=workers), 1):
+        results = DataLoader(samples, batch_size=None, collate_fn=measure, num_workers=workers)
+        for n, result in enumerate(results, 1):
             if isinstance(result, str):
                 self.bad.append(result)
             else:
@@ -84,24 +97,32 @@ class Tally:
             if time.time() - printed > 1 or n == len(samples):
                 printed = time.time()
                 left, end = (printed - started) / n * (len(samples) - n), "\n" if n == len(samples) else ""
-                print(f"\r{title}: read {n} of {len(samples)}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+                print(f"\r{title}: read {n} of {len(samples)}, {left:.0f} s left ", end=end, file=sys.stderr,
+                      flush=True)
 
 
 def measure(sample):
-    """(dataset, i) -> (width, height), pixels of each id (256,), touching (Z, Z); or a sentence where a file cannot be used."""
+    """(dataset, i) -> (width, height), pixels of each id (256,), touching (Z, Z).
+
+    Or a sentence where a file cannot be used.
+    """
     dataset, i = sample
     try:
         image, label = dataset.load(i)
     except InputError as error:
         return str(error)
-    except Exception as error:  # whatever else a broken file leads a decoder to: the other files are still read
-        return (f"{dataset.where(i)}: this photo or its label map is not readable ({type(error).__name__}: {one_line(error)}); replace "
-                f"the file or take its id off the list")
-    return label.shape[::-1], np.bincount(label.ravel(), minlength=256), touching(label, dataset.domain.num_classes)
+    except Exception as error:  # a decoder may fail in any way; the other files are still read
+        return (f"{dataset.where(i)}: this photo or its label map is not readable ({type(error).__name__}: "
+                f"{one_line(error)}); replace the file or take its id off the list")
+    pixels = np.bincount(label.ravel(), minlength=256)
+    return label.shape[::-1], pixels, touching(label, dataset.domain.num_classes)
 
 
 def touching(label, Z):
-    """(Z, Z) bool, symmetric: classes that are side by side, or one above the other, somewhere in a label map (H, W) uint8."""
+    """(Z, Z) bool, symmetric: classes that are side by side, or one above the other, somewhere in `label`.
+
+    label: (H, W) uint8.
+    """
     pairs = np.zeros((256, 256), bool)
     for a, b in ((label[:, 1:], label[:, :-1]), (label[1:], label[:-1])):
         border = a != b
@@ -111,7 +132,8 @@ def touching(label, Z):
 
 def describe(title, tallies, unopened):
     """Print the report on one dataset. Returns the number of its bad files."""
-    bad = list(dict.fromkeys(unopened + [sentence for tally in tallies.values() for sentence in tally.bad]))  # both lists may hold one
+    bad = unopened + [sentence for tally in tallies.values() for sentence in tally.bad]
+    bad = list(dict.fromkeys(bad))  # both lists may hold one
     print(f"\n{title}")
     if tallies:
         domain = next(iter(tallies.values())).dataset.domain
@@ -133,7 +155,9 @@ def some(heading, entries):
 
 
 def counts(tallies):
-    names = {split: [tally.dataset.where(i) for i in range(len(tally.dataset))] for split, tally in tallies.items()}
+    """Print how many photos the lists hold, their sizes, and which ids stand there twice."""
+    names = {split: [tally.dataset.where(i) for i in range(len(tally.dataset))]
+             for split, tally in tallies.items()}
     for split, tally in tallies.items():
         ignored = 100 * tally.pixels[IGNORE] / max(1, tally.pixels.sum())
         print(f"  {split}: {tally.listed} listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; "
@@ -163,32 +187,43 @@ def percent(part, whole):
 def classes(domain, tallies):
     """The table of class frequencies, and the classes that no label map holds."""
     width = max(map(len, domain.classes))
-    print(f"  {'':{width}}" + "".join(f"  {split + ': of pixels':>16} {'of photos':>10}" for split in tallies))
+    titles = [f"  {f'{split}: of pixels':>16} {'of photos':>10}" for split in tallies]
+    print(f"  {'':{width}}" + "".join(titles))
     for c, name in enumerate(domain.classes):
-        print(f"  {name:{width}}" + "".join(f"  {percent(t.pixels[c], t.pixels[:IGNORE].sum()):>16} "
-                                            f"{percent(t.together[c, c], sum(t.sizes.values())):>10}" for t in tallies.values()))
+        row = f"  {name:{width}}"
+        for tally in tallies.values():
+            row += f"  {percent(tally.pixels[c], tally.pixels[:IGNORE].sum()):>16}"
+            row += f" {percent(tally.together[c, c], sum(tally.sizes.values())):>10}"
+        print(row)
     for split, tally in tallies.items():
         never = [name for c, name in enumerate(domain.classes) if not tally.pixels[c]]
         print(f"  never in {split}: {', '.join(never) or 'none'}")
 
 
 def adjacency(domain, tally):
-    """Where M_intra and the training labels disagree, and an adjacency list for a domain.json; the background is left out."""
+    """Print where M_intra and the training labels disagree, and an adjacency list for a domain.json.
+
+    The background is left out.
+    """
     touch, both, names = tally.touching, tally.together, domain.classes
     pairs = [(a, b) for a in range(1, len(names)) for b in range(a + 1, len(names))]
     often = {pair for pair in pairs if touch[pair] >= max(1, TOUCHING * both[pair])}
 
     def listed(heading, chosen):
         chosen = sorted(chosen, key=lambda pair: (pair not in often, -touch[pair], -both[pair], pair))
-        some(f"{heading}: {len(chosen)}", [f"{names[a]}, {names[b]}: {touch[a, b]} of {both[a, b]}" for a, b in chosen])
+        some(f"{heading}: {len(chosen)}",
+             [f"{names[a]}, {names[b]}: {touch[a, b]} of {both[a, b]}" for a, b in chosen])
 
     if domain.adjacency is None:
-        print(f"  domain '{domain.name}' has no adjacency (M_intra): give it the list below, or train with --intra-mask none")
+        print(f"  domain '{domain.name}' has no adjacency (M_intra): give it the list below, or train with "
+              f"--intra-mask none")
     else:
         mask = domain.intra_mask()
         print("  pairs of classes, and in how many of the training photos that hold both they touch:")
         listed("touching but not in M_intra", [pair for pair in pairs if touch[pair] and not mask[pair]])
         listed("in M_intra but never touching", [pair for pair in pairs if mask[pair] and not touch[pair]])
-    print(f"  for a domain.json, the {len(often)} pairs that touch in {TOUCHING:.0%} or more of the training photos that hold both:")
+    print(f"  for a domain.json, the {len(often)} pairs that touch in {TOUCHING:.0%} or more of the training "
+          f"photos that hold both:")
     words = [json.dumps([names[a], names[b]], ensure_ascii=False) for a, b in sorted(often)]
-    print(' "adjacency": [\n  ' + ",\n  ".join(", ".join(words[i:i + 5]) for i in range(0, len(words), 5)) + "\n ]")
+    lines = [", ".join(words[i:i + 5]) for i in range(0, len(words), 5)]
+    print(' "adjacency": [\n  ' + ",\n  ".join(lines) + "\n ]")

@@ -6,9 +6,10 @@ from .domains import IGNORE
 
 
 def confusion(prediction, label, num_classes, predicted_classes=None):
-    """(Z, P) int64: entry [t, p] counts the pixels of true class t that were predicted p; ignored pixels are left out.
+    """(Z, P) int64: entry [t, p] counts the pixels of true class t that were predicted p.
 
-    prediction, label: (H, W) integer arrays. Z = num_classes; P = predicted_classes where a head of other classes predicts, else Z.
+    prediction, label: (H, W) integer arrays; pixels whose label is ignored are left out. Z = num_classes. P =
+    predicted_classes where a head of other classes predicts, else Z.
     """
     P = predicted_classes or num_classes
     seen = label != IGNORE
@@ -17,9 +18,10 @@ def confusion(prediction, label, num_classes, predicted_classes=None):
 
 
 def mapped(matrix, to):
-    """The confusion matrix (Z, Z + 1) of a head of other classes, from its (Z, P) and the true class to[p] of each of its classes p.
+    """The confusion matrix (Z, Z + 1) of a head of other classes.
 
-    to[p] = Z is no class: column Z holds the pixels that were predicted as such a p.
+    matrix: (Z, P) of that head's classes. to: (P,), the true class of each of them, Z for none. Column Z
+    holds the pixels that were predicted as such a class.
     """
     result = np.zeros((len(matrix), len(matrix) + 1), np.int64)
     np.add.at(result.T, to, matrix.T)
@@ -27,11 +29,12 @@ def mapped(matrix, to):
 
 
 def scores(matrix, left_out=()):
-    """From a confusion matrix: {"miou", "mean_accuracy", "iou": (Z,), "accuracy": (Z,), "absent": ids}, all but the ids in percent.
+    """From a confusion matrix: {"miou", "mean_accuracy", "iou": (Z,), "accuracy": (Z,), "absent": ids}.
 
-    IoU = true positives / (truth + prediction - true positives); accuracy is recall per class. A class that neither truth nor
-    prediction holds has no IoU (NaN) and is left out of the mean; a class that the truth lacks is left out of mean accuracy.
-    A matrix (Z, Z + 1) has predictions of no class in its last column: they are wrong, whatever the truth.
+    All but the ids are in percent. IoU = true positives / (truth + prediction - true positives); accuracy is
+    recall per class. A class that neither truth nor prediction holds is absent: it has no IoU (NaN) and is
+    left out of the mean. A class that the truth lacks is left out of mean accuracy. A matrix (Z, Z + 1) has
+    predictions of no class in its last column: they are wrong, whatever the truth.
     left_out: ids that count in neither mean. Pixels predicted as another class still count against that one.
     """
     Z = len(matrix)

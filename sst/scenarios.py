@@ -14,7 +14,7 @@ from .config import names
 from .distributed import compiler_fault, print0
 from .domains import IGNORE, read_masks
 from .errors import InputError
-from .batches import MEAN_COLOUR
+from .files import MEAN_COLOUR
 from .losses import L_seg
 from .model import STRIDE, ParsingNet
 from .modules import SST, intra_matrix, named, paired, rows_of, static_matrix

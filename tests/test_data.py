@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sst.data import open_dataset, open_datasets, read_image
+from sst.data import open_dataset, open_datasets
 from sst.domains import HERE
 from sst.errors import InputError
+from sst.files import read_image
 
 LAYOUTS = {  # images, labels, list, as published; the split is train
     "pascal": ("JPEGImages", "SegmentationPart", "list/train_id.txt"),
@@ -87,19 +88,6 @@ def test_255_is_ignored_whatever_the_domain_says(tmp_path):
     root = write(own(tmp_path / "d", label_map={"background": [0], "hat": [2], "shoe": [1], "bag": [3]}), "images", "labels", "train_id.txt")
     Image.fromarray(np.full((4, 6), 255, np.uint8)).save(root / "labels" / "a.png")
     assert (open_dataset("mine", root).load(0)[1] == 255).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "1", "LA"])
-def test_photos_of_every_colour_mode_become_rgb(tmp_path, mode):
-    grey = np.full((4, 6), 200, np.uint8)
-    if mode == "I;16":
-        image, path = Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "x.png"
-    else:
-        image, path = Image.fromarray(grey).convert(mode), tmp_path / ("x.jpg" if mode in ("L", "CMYK") else "x.png")
-    image.save(path)
-    pixels = read_image(path)
-    assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8
-    assert abs(pixels.astype(int) - (255 if mode == "1" else 200)).max() <= (60 if mode == "P" else 2) or mode == "1"
 
 
 def ccp(root, tags=("null", "hair", "skin", "t-shirt")):

@@ -41,7 +41,7 @@ def accept(command, monkeypatch):
     if "--help" in flags:
         return
     if program == "evaluate.py":
-        evaluate.parser().parse_args(flags)
+        evaluate.arguments().parse_args(flags)
     elif program == "predict.py":
         predict.arguments().parse_intermixed_args(flags)
     else:

@@ -1,7 +1,6 @@
 """evaluate.py: scores, test-time averaging, maps of classes and several processes, against numbers worked out by hand."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from test_inference import LIMBS, Stub
 
 import evaluate
 import train
@@ -53,85 +52,6 @@ def test_classes_left_out_count_in_no_mean_but_their_pixels_stay():
     result = scores(np.array([[3, 0, 0, 0], [0, 1, 0, 1], [1, 0, 0, 0]]), left_out=[2])
     assert result["iou"][:2] == pytest.approx([75, 50]) and np.isnan(result["iou"][2]) and np.isnan(result["accuracy"][2])
     assert result["miou"] == pytest.approx(62.5) and result["mean_accuracy"] == pytest.approx(75) and result["absent"] == []
-
-
-# Test-time averaging ---------------------------------------------------------------------------------------------------------------
-
-
-class Stub(nn.Module):
-    """A network that sees one pixel at a time: its logits are the three channels of `see(images)`, the same for every head."""
-
-    def __init__(self, see=lambda images: images, heads=("limbs",)):
-        super().__init__()
-        self.see, self.sizes = see, []
-        self.heads = nn.ModuleDict({name: nn.Conv2d(3, 3, 1, bias=False) for name in heads})
-        for head in self.heads.values():
-            nn.init.eye_(head.weight.data[:, :, 0, 0])
-
-    def features(self, images):
-        self.sizes.append(tuple(images.shape[-2:]))
-        return [self.see(images)]
-
-    def forward(self, images, domains=None):
-        F_ = self.features(images)[-1]
-        return {name: self.heads[name](F_) for name in domains or self.heads}
-
-
-LIMBS = LabelDomain("limbs", ("background", "left arm", "right arm"), flip_pairs=(("left arm", "right arm"),))
-
-
-def near(logits, expected):
-    torch.testing.assert_close(logits["limbs"], torch.tensor(expected), rtol=1e-6, atol=1e-6)
-
-
-def test_a_flip_is_undone_and_left_and_right_exchanged():
-    def see(images):  # the background's logit counts columns from the left edge of what the network sees
-        return torch.cat([torch.arange(images.shape[-1]).expand_as(images[:, :1]).float(), images[:, 1:]], dim=1)
-
-    image = np.array([[(0, 51, 102), (0, 0, 255)], [(0, 204, 0), (0, 153, 51)]], np.uint8)
-    near(averaged_logits(Stub(see), image), [[[0, 1], [0, 1]], [[.2, 0], [.8, .6]], [[.4, 1], [0, .2]]])
-    # Column 0 is column 1 of the mirror: mean 1/2. Each arm gets the mean of both arms' channels at the same pixel.
-    arms = [[.3, .5], [.4, .4]]
-    near(averaged_logits(Stub(see), image, flips={"limbs": LIMBS.flip_index()}), [[[.5, .5], [.5, .5]], arms, arms])
-
-
-def test_scales_are_brought_to_the_photos_size_and_averaged():
-    image = np.array([[(0, 0, 0), (255, 255, 255)]], np.uint8)
-    net = Stub()
-    # At scale 2 the network sees rows of 0 64 191 255; halved again: 32 and 223.
-    row = [[(0 + 32 / 255) / 2, (1 + 223 / 255) / 2]]
-    near(averaged_logits(net, image, scales=(1, 2)), [row, row, row])
-    assert net.sizes == [(1, 2), (2, 4)]
-
-
-def test_flips_and_scales_are_all_pairs():
-    def see(images):  # logits: width, column, 0
-        columns = torch.arange(images.shape[-1]).expand_as(images[:, :1]).float()
-        return torch.cat([torch.full_like(columns, images.shape[-1]), columns, 0 * columns], dim=1)
-
-    net = Stub(see)
-    # Widths 2, 2, 4, 4: mean 3. Columns 0 1 and, of four halved, 0.5 2.5; arms are exchanged in the mirror, where columns are
-    # 1 0 and 2.5 0.5 once undone: left arm (0 + .5)/4 and (1 + 2.5)/4, right arm the other way round.
-    near(averaged_logits(net, np.zeros((1, 2, 3), np.uint8), scales=(1, 2), flips={"limbs": LIMBS.flip_index()}),
-         [[[3, 3]], [[.125, .875]], [[.875, .125]]])
-    assert net.sizes == [(1, 2), (1, 2), (2, 4), (2, 4)]
-
-
-def test_a_scale_is_of_the_size_that_photos_are_fitted_into_and_padding_is_removed():
-    net = Stub()
-    white = [[1.0] * 4] * 2
-    near(averaged_logits(net, np.full((2, 4, 3), 255, np.uint8), size=(4, 4), scales=(0.5, 1, 2)), [white, white, white])
-    assert net.sizes == [(2, 2), (4, 4), (8, 8)]
-
-
-def test_logits_or_probabilities_are_averaged():
-    def see(images):  # logits: log(width), 0, and one that is never likely
-        one = torch.ones_like(images[:, :1])
-        return torch.cat([one * math.log(images.shape[-1]), 0 * one, -100 * one], dim=1)
-
-    dot = np.zeros((1, 1, 3), np.uint8)
-    near(averaged_logits(Stub(see), dot, scales=(1, 3)), [[[math.log(3) / 2]], [[0]], [[-100]]])
-    near(averaged_logits(Stub(see), dot, scales=(1, 3), average="probabilities"), [[[(.5 + .75) / 2]], [[(.5 + .25) / 2]], [[0]]])
 
 
 # Whole evaluations -----------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from test_train import SHORT, TINY, lines, run
 
 import train
 from sst import config as settings, model, scenarios
-from sst.batches import Crops
-from sst.data import Photos
+from sst.data import Crops, Photos
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.muon import Muon

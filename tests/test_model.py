@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sst.domains import builtin_domain
 from sst.errors import InputError
+from sst.files import MEAN_COLOUR
 from sst.model import ARCHS, Arch, ParsingNet, SwinBlock, from_spec, sine_position
+from sst.modules import SST
 from sst.resnet import ResNet
+from sst.scenarios import Universal
 
 TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
 
@@ -146,3 +150,53 @@ def test_spec_builds_the_same_network():
     assert again.arch == TINY and set(again.state_dict()) == set(net.state_dict())
     with pytest.raises(InputError, match="its architecture is"):
         from_spec({"dim": 3}, {"a": 3})
+
+
+# Registration: the maps of the pyramid lie exactly on one another at any size ------------------------------
+
+
+def smooth_photo(h, w, seed):
+    """(1, 3, h, w) in [0, 1]."""
+    spots = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(spots, size=(h, w), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def on_canvas(photo):
+    """The photo at the top left of a canvas in the mean colour, whose sides are the next multiples of 32."""
+    h, w = photo.shape[-2:]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet's
+    canvas = mean.repeat(1, 1, -(-h // 32) * 32, -(-w // 32) * 32)
+    canvas[..., :h, :w] = photo
+    return canvas
+
+
+def far_quarter_correlation(one, two, h, w):
+    """Of two maps of logits (Z, H, W), class-centred, in the last quarter of a photo's h rows and w columns."""
+    rows, columns = slice(h - h // 4, h), slice(w - w // 4, w)
+    quarters = [A[:, rows, columns] for A in (one, two)]
+    return torch.corrcoef(torch.stack([(A - A.mean(0)).flatten() for A in quarters]))[0, 1].item()
+
+
+@pytest.mark.parametrize("side", [97, 113, 129, 161])
+def test_a_photo_of_any_size_has_the_logits_that_it_has_on_a_canvas_of_whole_strides(side):
+    """A pyramid whose maps are stretched onto one another has correlations of 0.65, 0.79, 0.52 and 0.56 here."""
+    torch.manual_seed(2)
+    net, photo = ParsingNet({"a": 7}, "small").eval(), smooth_photo(side, side, seed=2)
+    with torch.no_grad():
+        alone, on_the_canvas = (net(x)["a"][0] for x in (photo, on_canvas(photo)))
+    assert far_quarter_correlation(alone, on_the_canvas, side, side) >= 0.97
+
+
+def test_a_crop_of_any_size_has_the_losses_of_the_canvas_on_which_the_rest_is_ignored():
+    domains = [builtin_domain("pascal"), builtin_domain("atr")]
+    torch.manual_seed(0)
+    model = Universal(ParsingNet(domains, TINY), SST(domains, TINY.dim)).train()
+    images = torch.randint(256, (3, 3, 72, 88), dtype=torch.uint8)
+    labels = torch.randint(7, (3, 72, 88), dtype=torch.uint8)
+    canvas = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(1, 3, 1, 1).repeat(3, 1, 96, 96)
+    ignored = torch.full((3, 96, 96), 255, dtype=torch.uint8)
+    canvas[..., :72, :88], ignored[..., :72, :88] = images, labels
+    alone, _ = model(images, labels, ["pascal", "atr", "atr"])
+    on_the_canvas, _ = model(canvas, ignored, ["pascal", "atr", "atr"])
+    assert set(alone) == {"seg/pascal", "seg/atr", "aux/pascal", "aux/atr", "dataset", "img"}
+    assert all(torch.equal(alone[name], on_the_canvas[name]) for name in alone)

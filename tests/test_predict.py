@@ -17,9 +17,9 @@ from sst.checkpoint import model_content, save
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from sst.export import export
-from sst.inference import photo_logits
+from sst.files import pixels
+from sst.inference import label_map, photo_logits
 from sst.model import Arch, ParsingNet
-from sst.parser import label_map, pixels
 from sst.plots import colour_table, overlay
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_the_argmax_in_strips_is_the_argmax_of_the_resized_logits(monkeypatch, h
     A = torch.randn(5, 20, 30)
     whole = F.interpolate(A[None], size=(h, w), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     for strip in (1, 3 * 5 * w, 10 ** 9):  # one row, three rows, all at once
-        monkeypatch.setattr("sst.parser.STRIP", strip)
+        monkeypatch.setattr("sst.inference.STRIP", strip)
         assert (label_map(A, h, w) == whole).all()
 
 
@@ -100,29 +100,6 @@ def test_a_path_a_pil_image_and_an_array_give_the_same(model, tmp_path):
     for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
         masks = parser(image)
         assert all((masks[name] == expected[name]).all() for name in expected)
-
-
-@pytest.mark.parametrize("orientation, turned", [
-    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, lambda a: a.swapaxes(0, 1)),
-    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90), (9, lambda a: a)])
-def test_exif_rotation_is_carried_out(tmp_path, orientation, turned):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(photo(30, 50)).save(tmp_path / name, exif=exif)
-        for image in (tmp_path / name, Image.open(tmp_path / name)):
-            assert np.array_equal(pixels(image), turned(photo(30, 50)))
-    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
-    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - turned(photo(30, 50))).max() < 20
-
-
-def test_exif_nonsense_does_not_matter(tmp_path):
-    exif = Image.Exif()
-    exif[0x010F], exif[0x0112] = "maker", 6
-    nonsense = bytearray(exif.tobytes())
-    nonsense[17] = 3  # the maker's name as whole numbers
-    Image.fromarray(photo(30, 50)).save(tmp_path / "a.jpg", exif=bytes(nonsense))
-    assert pixels(tmp_path / "a.jpg").shape == (50, 30, 3)
 
 
 def test_photos_of_any_mode(model, tmp_path):
@@ -180,7 +157,7 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.parser' not in sys.modules"
+    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.inference' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from test_train import ROOT
 
 from sst import checkpoint
-from sst.data import read_image, read_label
 from sst.domains import builtin_domain
 from sst.errors import InputError
+from sst.files import read_image, read_label
 
 DRIVER = f"""
 import os, runpy, sys

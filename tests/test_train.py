@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from sst import checkpoint
-from sst.batches import Crops, Schedule, collate
 from sst.config import DEMO, FIGURES, free_folder, open_folder, resolve
+from sst.data import Crops, Schedule, collate
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.figures import Figures
