@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from figures import Figures
 from sst import checkpoint, config as settings, distributed
 from sst.batches import Crops, Schedule, collate
 from sst.check import report
 from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.inference import confusion_of, photo_logits
 from sst.losses import L_d, L_u
 from sst.metrics import scores

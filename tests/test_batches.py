@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from figures import Figures
 from sst.batches import Crops, Schedule, augment, collate, fit, flip_table
 from sst.data import Photos
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
 
 
 def test_every_micro_batch_has_every_domain_and_the_rest_goes_around():

@@ -15,10 +15,10 @@ from torch import nn
 
 import evaluate
 import train
+from figures import Figures
 from sst import checkpoint
 from sst.domains import LabelDomain, builtin_domain, read_class_map
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.model import Arch, ParsingNet

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from figures import COVERS, PARTS, TABLES, Figures, figure
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import COVERS, PARTS, TABLES, Figures, figure
 
 DOMAINS = ("pascal", "atr", "cihp")
 

@@ -3,7 +3,7 @@
 import cmath
 import math
 
-from .figure_drawing import disc, pick, plain, smooth, uniform
+from .drawing import disc, pick, plain, smooth, uniform
 
 
 class Head:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .domains import builtin_domain
-from .errors import InputError
-from .figure_drawing import COVERS, GRADIENT, PARTS, Canvas, disc, dye, fabric, muted, pick, plain, smooth, turned, uniform
-from .figure_person import Person
+from sst.domains import builtin_domain
+from sst.errors import InputError
+from .drawing import COVERS, GRADIENT, PARTS, Canvas, disc, dye, fabric, muted, pick, plain, smooth, turned, uniform
+from .person import Person
 
 LIMBS = {"upper arm": "arm", "lower arm": "arm", "upper leg": "leg", "lower leg": "leg"}
 

@@ -3,8 +3,8 @@
 import cmath
 import math
 
-from .figure_drawing import COVER, HAIRS, PART, SKINS, arc, disc, dye, fabric, jitter, pick, plain, smooth, turned, uniform
-from .figure_head import Head
+from .drawing import COVER, HAIRS, PART, SKINS, arc, disc, dye, fabric, jitter, pick, plain, smooth, turned, uniform
+from .head import Head
 
 # Angles of the two bones of a limb, in degrees from straight down, outward positive, as ranges;
 # then the ranges of foreshortening. Arms also say whether they are before the person's own chest (True), behind
