@@ -1,7 +1,8 @@
-"""A dataset of people that are drawn, not photographed, so that the body part and the garment of every pixel are known.
+"""People that are drawn: a dataset in which the body part and the garment of every pixel are known.
 
-A `figure` is one picture with its exact label map in PASCAL-Person-Part, ATR and CIHP; `Figures` is a dataset of them in one
-of the three. Training, evaluation, tests and notebooks run on it where no photos are given, and nothing in sst/ needs it.
+`figure` draws one picture, which has an exact label map in each of PASCAL-Person-Part, ATR and CIHP, and
+`Figures` is a dataset of them in one of these label sets. Training, evaluation, tests and notebooks use it
+where no photos are given.
 """
 
 from .drawing import COVERS, PARTS
