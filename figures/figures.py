@@ -232,8 +232,8 @@ class Figures:
     """A dataset of figures in one label set: numbers offset, offset + stride, ... of a seed.
 
     Datasets of one seed and stride share no picture if their offsets differ and are below the stride.
-    domain: a LabelDomain whose name is in TABLES; raises InputError for another one. A figure is drawn when it
-    is first asked for, then kept in memory.
+    domain: a LabelDomain whose name is in TABLES; raises InputError for another. A figure is drawn when it is
+    first asked for, then kept in memory.
     """
 
     def __init__(self, domain, seed, count, size=(128, 128), offset=0, stride=1):
