@@ -1,6 +1,6 @@
 """Pictures that only the notebooks show: panels, matrices, the graph of a body, sampling points, timings.
 
-Each is a PIL image, which a notebook shows as it is. matplotlib is imported where a picture is drawn.
+A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where a picture is drawn.
 """
 
 import numpy as np
