@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from figures import TABLES, Figures
 from sst import checkpoint, distributed
 from sst.config import pair
 from sst.data import open_datasets
 from sst.domains import builtin_domain, read_class_map
 from sst.errors import InputError
-from sst.figures import TABLES, Figures
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.plots import is_confusion, save_confusion

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from figures import Figures
 from sst import checkpoint, distributed, runs
 from sst.check import report
 from sst.config import FIGURES
@@ -27,7 +28,6 @@ from sst.data import Crops, Schedule, collate, fraction_of, open_datasets
 from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.inference import confusion_of, samples
 from sst.journal import Journal, Step
 from sst.losses import L_d, L_u

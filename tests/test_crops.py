@@ -9,7 +9,7 @@ import torch
 from sst.data import Crops, Schedule, augment, collate, flip_table
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
+from figures import Figures
 
 
 def test_every_micro_batch_has_every_domain_and_the_rest_goes_around():

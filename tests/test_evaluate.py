@@ -14,10 +14,10 @@ from test_inference import LIMBS, Stub
 
 import evaluate
 import train
+from figures import Figures
 from sst import checkpoint
 from sst.domains import LabelDomain, builtin_domain, read_class_map
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.model import Arch, ParsingNet

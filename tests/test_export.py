@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import predict
+from figures import Figures
 from sst.checkpoint import load_model, model_content, save
 from sst.domains import builtin_domain
-from sst.figures import Figures
 from sst.model import Arch, ParsingNet
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)

@@ -1,11 +1,14 @@
 """Drawn figures: one scene, three label maps that must agree pixel by pixel."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from figures import COVERS, PARTS, TABLES, Figures, figure
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import COVERS, PARTS, TABLES, Figures, figure
 
 DOMAINS = ("pascal", "atr", "cihp")
 
@@ -187,3 +190,11 @@ def test_dataset():
 def test_unknown_label_set_is_refused():
     with pytest.raises(InputError, match="lip"):
         Figures(builtin_domain("lip"), 0, 5)
+
+
+def test_the_library_does_not_need_the_figures():
+    for path in sorted((Path(__file__).parent.parent / "sst").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not any(name.split(".")[0] == "figures" for name in names), path.name

@@ -151,6 +151,12 @@ def test_running_fails_on_an_error_and_names_cell_and_line(tmp_path):
     assert result.returncode != 0 and 'File "<cell 2>", line 2' in result.stderr and "ZeroDivisionError" in result.stderr
 
 
+def test_a_notebook_imports_a_module_that_lies_beside_it(tmp_path):
+    (tmp_path / "beside.py").write_text("x = 3\n")
+    result = run(written(tmp_path, code("from beside import x\nassert x == 3", 1)))
+    assert result.returncode == 0, result.stderr
+
+
 def test_running_goes_in_order_and_stores_text_pictures_and_counts(tmp_path):
     path = written(tmp_path, code("from PIL import Image\nprint('a', 1)\nx = 20", 7), code("x + 1", 3), code("Image.new('RGB', (x, 9))", None),
                    code("x", 1), code("f = lambda: 3;", 1))

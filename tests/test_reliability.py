@@ -26,7 +26,7 @@ DRIVER = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from sst.figures import Figures
+from figures import Figures
 from sst.model import ARCHS, Arch
 torch.set_num_threads(1)
 if "DOUBLE" in os.environ:

@@ -11,13 +11,13 @@ import torch
 from test_train import ROOT, SHORT, lines
 
 import train
+from figures import Figures
 from sst import checkpoint
 from sst.config import resolve, stages
 from sst.data import fraction_of
 from sst.distributed import Interruption
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.scenarios import build, inherit
 
 STEPS = [*SHORT, "--steps", 2, "--validations", 0]

@@ -10,12 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from figures import Figures
 from sst import checkpoint
 from sst.config import DEMO, FIGURES, free_folder, open_folder, resolve
 from sst.data import Crops, Schedule, collate
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.figures import Figures
 from sst.losses import L_u
 from sst.model import Arch
 from sst.scenarios import Universal

@@ -18,8 +18,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from figures import figure
 from sst import checkpoint
-from sst.figures import figure
 from sst.inference import photo_logits
 from sst.plots import colourise
 

@@ -3,8 +3,9 @@
     python tools/run_notebook.py notebooks/*.ipynb            refresh the stored outputs
     python tools/run_notebook.py --check notebooks/*.ipynb    only run; the files stay as they are
 
-A cell may hold nothing but Python. Stored are what it prints and the value of its last line: as a picture where the value has
-`_repr_png_` (a PIL image has), else as text. The working directory is the notebook's folder. An error names the cell and its line.
+A cell may hold nothing but Python. Stored are what it prints and the value of its last line: as a picture
+where the value has `_repr_png_` (a PIL image has), else as text. The working directory is the notebook's
+folder, and modules that lie there can be imported, as in Jupyter. An error names the cell and its line.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def main():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         began, modules = time.time(), list(sys.path)
         os.chdir(path.parent)
+        sys.path.insert(0, "")
         try:
             execute(notebook)
         finally:

@@ -1,8 +1,8 @@
-"""A built-in dataset, drawn and not stored: people whose every pixel is known in all label sets at once.
+"""Pictures of drawn people, their label maps, and a dataset of them.
 
-`figure(seed, index)` draws one to three clothed people before a cluttered background and keeps, for
-every pixel, the body part and what covers it. A label set is a table over those two, so one picture
-has an exact label map in each of PASCAL-Person-Part, ATR and CIHP.
+`figure(seed, index)` draws one to three clothed people before a cluttered background and keeps, for every
+pixel, the body part and what covers it. A label set is a table over those two, so one picture has an exact
+label map in each of PASCAL-Person-Part, ATR and CIHP.
 """
 
 import math
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .domains import builtin_domain
-from .errors import InputError
-from .figure_drawing import COVERS, GRADIENT, PARTS, Canvas, disc, dye, fabric, muted, pick, plain, smooth, turned, uniform
-from .figure_person import Person
+from sst.domains import builtin_domain
+from sst.errors import InputError
+
+from .drawing import (COVERS, GRADIENT, PARTS, Canvas, box, disc, dye, fabric, muted, pick, plain, smooth,
+                      turned, uniform)
+from .person import Person
 
 LIMBS = {"upper arm": "arm", "lower arm": "arm", "upper leg": "leg", "lower leg": "leg"}
 
@@ -42,7 +44,9 @@ def clothes(part, cover, torso_skin):
         return (side or "left") + " shoe"  # only lower legs wear shoes
     if cover != "skin":
         return cover
-    return f"{side} {LIMBS[limb]}" if side else {"head": "face", "torso": torso_skin, "background": "background"}[part]
+    if side:
+        return f"{side} {LIMBS[limb]}"
+    return {"head": "face", "torso": torso_skin, "background": "background"}[part]
 
 
 def atr(part, cover):
@@ -66,7 +70,7 @@ def label_table(domain, rule):
 TABLES = {rule.__name__: label_table(builtin_domain(rule.__name__), rule) for rule in (pascal, atr, cihp)}
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------
 
 @dataclass
 class Figure:
@@ -87,6 +91,7 @@ class Figure:
 
 
 def other_side(name):
+    """"right upper arm" of "left upper arm"; parts without a side stay."""
     side, rest = side_and_limb(name)
     return {"": "", "left": "right ", "right": "left "}[side] + rest
 
@@ -128,52 +133,67 @@ def crowd(canvas, rng, aspect):
 
 
 def background(canvas, rng, aspect, people):
-    """A wall, a floor, and clutter in the very colours of the people, some of it shaped like limbs."""
-    def paint(outline, cloth, shade=1.0):
-        canvas.paint(outline, 0, 0, cloth, shade)
-
-    def box(x, y, w, h):
-        return [complex(x, y), complex(x + w, y), complex(x + w, y + h), complex(x, y + h)]
-
+    """A wall, a floor, and clutter in the very colours of the people; what they sit on, and their shadows."""
+    wall_and_floor(canvas, rng, aspect)
     worn = [cloth for p in people for cloth in (p.skin, p.hair, p.top, p.bottom, p.bag_cloth)]
-    gradient = lambda: (GRADIENT, muted(dye(rng)), muted(dye(rng), .3), uniform(rng, .1, .4), uniform(rng, 0, 3.1))
-    paint(box(-.01, -.01, aspect + .02, 1.02), gradient() if rng.random() < .7 else fabric(rng, .5))
-    horizon = uniform(rng, .55, .9)
-    for _ in range(int(uniform(rng, 1, 5))):  # windows, doors, posters
-        x, y = uniform(rng, -.1, aspect), uniform(rng, -.1, horizon - .1)
-        paint(box(x, y, uniform(rng, .08, .4), uniform(rng, .08, .5)), fabric(rng, .5), uniform(rng, .8, 1.1))
-    paint([complex(-.01, horizon), complex(aspect + .01, horizon + uniform(rng, -.06, .06)), complex(aspect + .01, 1.01),
-           complex(-.01, 1.01)], gradient() if rng.random() < .6 else fabric(rng, .7))
     for _ in range(int(uniform(rng, 4, 12))):
         cloth = pick(rng, worn) if rng.random() < .7 else plain(dye(rng))
-        c = complex(uniform(rng, 0, aspect), uniform(rng, 0, 1))
-        kind = rng.random()
-        if kind < .4:    # a limb that nobody has
-            d = uniform(rng, .06, .2) * turned(uniform(rng, -180, 180))
-            r = uniform(rng, .015, .04)
-            canvas.tube(c, c + d, r, r * 1.05, .7 * r, 0, 0, cloth)
-        elif kind < .6:  # a head-like ball
-            r = uniform(rng, .02, .06)
-            paint(disc(c, r, 1.2 * r), cloth, .9)
-            paint(disc(c - .2j * r, .6 * r, .7 * r), cloth, 1.07)
-        elif kind < .8:
-            paint(box(c.real, c.imag, uniform(rng, .03, .2), uniform(rng, .03, .2)), cloth, uniform(rng, .8, 1.1))
-        else:            # a bush or a heap of clothes
-            r = uniform(rng, .04, .12)
-            paint(smooth([c + r * uniform(rng, .5, 1.2) * turned(60 * k) for k in range(6)]), cloth, .9)
+        clutter(canvas, rng, complex(uniform(rng, 0, aspect), uniform(rng, 0, 1)), cloth)
     for p in people:
-        if p.sitting:    # a box to sit on
+        if p.sitting:
             y, w = p.hips.imag + uniform(rng, 0, .03) * p.h, uniform(rng, .09, .16) * p.h
-            paint(box(p.hips.real - w, y, 2 * w, .25 * p.h), fabric(rng, .3), .85)
-            paint(box(p.hips.real - w, y, 2 * w, .03 * p.h), plain(dye(rng)), 1.05)
-    for p in people:     # shadows on the floor
+            scenery(canvas, box(p.hips.real - w, y, 2 * w, .25 * p.h), fabric(rng, .3), .85)
+            scenery(canvas, box(p.hips.real - w, y, 2 * w, .03 * p.h), plain(dye(rng)), 1.05)
+    for p in people:
         feet = [leg[2] for leg in p.legs.values()]
         ground = complex(p.hips.real, max(foot.imag for foot in feet) + .025 * p.h)
-        paint(disc(ground, .16 * p.h, .03 * p.h), plain((70, 66, 64)), .9)
+        scenery(canvas, disc(ground, .16 * p.h, .03 * p.h), plain((70, 66, 64)), .9)
+
+
+def scenery(canvas, outline, cloth, shade=1.0):
+    """Paint a polygon that is background: no body part, and nothing covers it."""
+    canvas.paint(outline, 0, 0, cloth, shade)
+
+
+def wall_and_floor(canvas, rng, aspect):
+    """Both with a gradient or a fabric; windows, doors or posters on the wall."""
+    def gradient():
+        return GRADIENT, muted(dye(rng)), muted(dye(rng), .3), uniform(rng, .1, .4), uniform(rng, 0, 3.1)
+
+    scenery(canvas, box(-.01, -.01, aspect + .02, 1.02), gradient() if rng.random() < .7 else fabric(rng, .5))
+    horizon = uniform(rng, .55, .9)
+    for _ in range(int(uniform(rng, 1, 5))):
+        x, y = uniform(rng, -.1, aspect), uniform(rng, -.1, horizon - .1)
+        rectangle = box(x, y, uniform(rng, .08, .4), uniform(rng, .08, .5))
+        scenery(canvas, rectangle, fabric(rng, .5), uniform(rng, .8, 1.1))
+    right = aspect + .01
+    floor = [complex(-.01, horizon), complex(right, horizon + uniform(rng, -.06, .06)), complex(right, 1.01),
+             complex(-.01, 1.01)]
+    scenery(canvas, floor, gradient() if rng.random() < .6 else fabric(rng, .7))
+
+
+def clutter(canvas, rng, c, cloth):
+    """Something at the point c that may be taken for a part of a person."""
+    kind = rng.random()
+    if kind < .4:    # a limb that nobody has
+        d = uniform(rng, .06, .2) * turned(uniform(rng, -180, 180))
+        r = uniform(rng, .015, .04)
+        canvas.tube(c, c + d, r, r * 1.05, .7 * r, 0, 0, cloth)
+    elif kind < .6:  # a ball like a head
+        r = uniform(rng, .02, .06)
+        scenery(canvas, disc(c, r, 1.2 * r), cloth, .9)
+        scenery(canvas, disc(c - .2j * r, .6 * r, .7 * r), cloth, 1.07)
+    elif kind < .8:
+        rectangle = box(c.real, c.imag, uniform(rng, .03, .2), uniform(rng, .03, .2))
+        scenery(canvas, rectangle, cloth, uniform(rng, .8, 1.1))
+    else:            # a bush or a heap of clothes
+        r = uniform(rng, .04, .12)
+        outline = smooth([c + r * uniform(rng, .5, 1.2) * turned(60 * k) for k in range(6)])
+        scenery(canvas, outline, cloth, .9)
 
 
 def foreground(canvas, rng, aspect, people):
-    """Sometimes a table, a post or a ball hides a part of the people."""
+    """Sometimes a post hides a part of the people."""
     if rng.random() < .12:
         cloth = pick(rng, [p.bottom for p in people]) if rng.random() < .5 else fabric(rng)
         x = uniform(rng, 0, aspect)
@@ -183,7 +203,10 @@ def foreground(canvas, rng, aspect, people):
 
 
 def photograph(image, rng):
-    """(3, H, W) float32 in 0..255 -> (H, W, 3) uint8: uneven light, a colour cast, contrast, grain and blur."""
+    """(3, H, W) float32 in 0..255, which is changed -> (H, W, 3) uint8, as a camera takes it.
+
+    Uneven light, a colour cast, contrast, grain and blur.
+    """
     height, width = image.shape[1:]
     y, x = np.ogrid[-.5:.5:height * 1j, -.5:.5:width * 1j]
     angle = uniform(rng, 0, 2 * math.pi)
@@ -203,11 +226,14 @@ def photograph(image, rng):
     return np.array(picture)
 
 
+# --- a dataset -----------------------------------------------------------------------------------
+
 class Figures:
     """A dataset of figures in one label set: numbers offset, offset + stride, ... of a seed.
 
-    Datasets of one seed and stride with different offsets share no picture. domain: a LabelDomain
-    whose name is in TABLES. A figure is drawn when it is first asked for, then kept in memory.
+    Datasets of one seed and stride share no picture if their offsets differ and are below the stride.
+    domain: a LabelDomain whose name is in TABLES; raises InputError for another. A figure is drawn when it is
+    first asked for, then kept in memory.
     """
 
     def __init__(self, domain, seed, count, size=(128, 128), offset=0, stride=1):

@@ -1,21 +1,30 @@
-"""Pictures: where classes are put on a body, what a legend and a matrix show."""
+"""The notebooks' pictures: where classes are put on a body, what a legend and a matrix show."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from sst.domains import LabelDomain
-from sst.plots import apart, body_graph, class_places, heat_map, matrices, panel, place_of, sampling_points, shade, timings
 
-DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"), adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
-BODY = np.array([[0, 1, 1, 0, 0],   # a head of two pixels, a torso below it, an arm of one pixel at the left, of two at the right
-                 [3, 2, 2, 3, 3],
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+
+from pictures import (apart, body_graph, class_places, heat_map, matrices, panel, place_of, sampling_points,
+                      shade, timings)
+
+DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"),
+                     adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
+BODY = np.array([[0, 1, 1, 0, 0],  # a head of two pixels, a torso below it
+                 [3, 2, 2, 3, 3],  # an arm of one pixel at the left, of two at the right
                  [0, 2, 2, 0, 0]], np.uint8)
 
 
 def test_the_place_of_a_class_is_its_mean_or_on_its_larger_half():
     assert place_of(BODY == 1).tolist() == [1.5, 0]
     assert place_of(BODY == 2).tolist() == [1.5, 1.5]
-    assert place_of(BODY == 3).tolist() in ([3, 1], [4, 1])  # the mean (7/3, 1) is torso; the right arm has two of three pixels
+    # The mean (7/3, 1) is torso; the right arm has two of three pixels.
+    assert place_of(BODY == 3).tolist() in ([3, 1], [4, 1])
 
 
 def test_a_class_that_is_not_there_is_put_where_others_have_it():
@@ -37,17 +46,24 @@ def test_names_at_one_place_are_moved_apart_and_stay_in_the_picture():
 
 def test_pictures_are_images_that_a_notebook_shows():
     photo = np.zeros((*BODY.shape, 3), np.uint8)
-    for picture in (panel([photo, BODY], ["photo", "labels"], [None, DOMAIN]), body_graph([(DOMAIN, photo, BODY, [])]),
+    for picture in (panel([photo, BODY], ["photo", "labels"], [None, DOMAIN]),
+                    body_graph([(DOMAIN, photo, BODY, [])]),
                     matrices([torch.eye(2), np.eye(2)], ["a", "b"], ["x", "y"], ["u", "v"])):
         assert picture.mode == "RGB" and picture._repr_png_().startswith(b"\x89PNG")
-    assert shade([[0, 1], [5, 1]], 0, 1, cmap="gray").tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [255] * 3]]
+    black, white = [0] * 3, [255] * 3
+    assert shade([[0, 1], [5, 1]], 0, 1, cmap="gray").tolist() == [[black, white], [white, white]]
 
 
 def test_sampling_points_are_drawn_where_the_query_looks():
     image = np.full((8, 8, 3), 255, np.uint8)
     reference, weights = torch.tensor([[0.5, 0.5]]), torch.full((1, 1, 1, 1), 0.5)
-    left, far = (sampling_points(image, {"q": 0}, reference, torch.full((1, 1, 1, 1, 2), x), weights) for x in (0.25, 9.0))
-    amber = lambda picture: (np.abs(np.asarray(picture).astype(int) - (255, 176, 0)).sum(-1) < 60)[:, :250]  # without the legend
+    left, far = (sampling_points(image, {"q": 0}, reference, torch.full((1, 1, 1, 1, 2), x), weights)
+                 for x in (0.25, 9.0))
+
+    def amber(picture):
+        """Where it has that colour, without the legend."""
+        return (np.abs(np.asarray(picture).astype(int) - (255, 176, 0)).sum(-1) < 60)[:, :250]
+
     assert amber(left).any() and not amber(far).any()
 
 

@@ -1,8 +1,8 @@
-"""Drawing clothed people: a canvas of painted pieces, and an articulated person on it.
+"""What people and their surroundings are drawn with: parts and covers, shapes, a canvas, cloth and colours.
 
-Points are complex numbers, x + iy with y downward, in units of the picture's height, so turning
-a vector is a product and every size of picture shows the same scene. Everything that is painted
-is a *piece*: a polygon that knows its body part, what covers that part, its cloth and its shade.
+Points are complex numbers, x + iy with y downward, in units of the picture's height. So turning a vector is a
+product, and every size of picture shows the same scene. Everything that is painted is a *piece*: a polygon
+that knows its body part, what covers that part, its cloth and its shade.
 """
 
 import cmath
@@ -28,7 +28,8 @@ HALF = [cmath.exp(-1j * math.pi * t / 6) for t in range(7)]  # a half circle, fr
 CIRCLE = [cmath.exp(2j * math.pi * t / 16) for t in range(16)]
 PLAIN, STRIPES, CHECKS, DOTS, GRADIENT = range(5)
 # A pattern mixes two colours by a u + b v + c u v + d, where u and v are waves across and along the cloth.
-PATTERNS = np.array([(0, 0, 0, 0), (2.5, 0, 0, 0), (1.6, 1.6, 0, 0), (0, 0, 4, -1.4), (.9, 0, 0, 0)], np.float32)
+PATTERNS = np.array([(0, 0, 0, 0), (2.5, 0, 0, 0), (1.6, 1.6, 0, 0), (0, 0, 4, -1.4), (.9, 0, 0, 0)],
+                    np.float32)
 
 
 # --- shapes: lists of complex points -------------------------------------------------------------
@@ -47,6 +48,11 @@ def limb(a, b, ra, rm, rb, round_a=True, round_b=True):
 def disc(c, rx, ry, axis=1):
     """Outline of an ellipse; axis is the unit vector of its rx direction."""
     return [c + axis * complex(rx * w.real, ry * w.imag) for w in CIRCLE]
+
+
+def box(x, y, w, h):
+    """Outline of an upright rectangle: its upper left corner, its width and height."""
+    return [complex(x, y), complex(x + w, y), complex(x + w, y + h), complex(x, y + h)]
 
 
 def smooth(points, steps=3):
@@ -126,8 +132,10 @@ class Canvas:
         inside = (table[:, 8] > PLAIN)[ids]  # a pattern, and not on an edge
         inside &= (here == colours[::2, ::2]) & (here == colours[1::2, ::2]) & (here == colours[::2, 1::2])
         where = np.flatnonzero(inside)
-        share = weave(table[:, 8:11], ids.ravel()[where], *np.divmod(where.astype(np.int32), self.width), self.height)
-        image.reshape(3, -1)[:, where] += share * table[:, 5:8].T.copy()[:, ids.ravel()[where]]
+        piece = ids.ravel()[where]
+        y, x = np.divmod(where.astype(np.int32), self.width)
+        share = weave(table[:, 8:11], piece, y, x, self.height)
+        image.reshape(3, -1)[:, where] += share * table[:, 5:8].T.copy()[:, piece]
         shade = Image.fromarray(np.clip(table[:, 11] * 128, 0, 255).astype(np.uint8)[ids])
         shade = shade.filter(ImageFilter.GaussianBlur(.009 * self.height))
         image *= np.asarray(shade) * np.float32(1 / 128)
@@ -136,10 +144,14 @@ class Canvas:
 
 
 def weave(textures, piece, y, x, height):
-    """(N,) float32: the second colour's share, minus a half, at N pixels. textures: (pieces, 3) kind, period, angle."""
+    """(N,) float32: the second colour's share, minus a half, at N pixels.
+
+    textures: (pieces, 3) kind, period, angle. piece, y, x: (N,) of each pixel.
+    """
     kind, period, angle = textures.T
     k = 2 * np.pi / (period * height) * np.where(kind == GRADIENT, .12, 1)
-    across, along = (k * np.cos(angle)).astype(np.float32)[piece], (k * np.sin(angle)).astype(np.float32)[piece]
+    across = (k * np.cos(angle)).astype(np.float32)[piece]
+    along = (k * np.sin(angle)).astype(np.float32)[piece]
     x, y = x.astype(np.float32), y.astype(np.float32)
     u, v = np.sin(x * across + y * along), np.sin(y * across - x * along)
     a, b, c, d = PATTERNS[kind.astype(int)].T.copy()
@@ -150,8 +162,10 @@ def weave(textures, piece, y, x, height):
 # --- cloth and colours ---------------------------------------------------------------------------
 
 SKINS = ((255, 220, 190), (238, 196, 160), (222, 172, 130), (190, 136, 96), (146, 98, 68), (98, 64, 46))
-HAIRS = ((28, 24, 24), (58, 38, 28), (96, 62, 38), (150, 100, 54), (206, 164, 96), (150, 58, 30), (172, 172, 176))
-SOBER = ((30, 32, 38), (240, 238, 232), (120, 122, 128), (38, 50, 88), (84, 112, 156), (206, 186, 150), (94, 70, 52))
+HAIRS = ((28, 24, 24), (58, 38, 28), (96, 62, 38), (150, 100, 54), (206, 164, 96), (150, 58, 30),
+         (172, 172, 176))
+SOBER = ((30, 32, 38), (240, 238, 232), (120, 122, 128), (38, 50, 88), (84, 112, 156), (206, 186, 150),
+         (94, 70, 52))
 
 
 def plain(rgb):
@@ -183,7 +197,8 @@ def fabric(rng, patterned=.5):
     rgb = dye(rng)
     if rng.random() > patterned:
         return plain(rgb)
-    return (1 + int(4 * rng.random()), rgb, dye(rng), uniform(rng, .025, .06), pick(rng, (0, math.pi / 2, math.pi / 4)))
+    kind = 1 + int(4 * rng.random())
+    return kind, rgb, dye(rng), uniform(rng, .025, .06), pick(rng, (0, math.pi / 2, math.pi / 4))
 
 
 def pick(rng, items):

@@ -1,13 +1,14 @@
-"""One articulated, clothed person: a pose by joint angles, an outfit, and the order in which they are painted."""
+"""One articulated, clothed person: a pose by joint angles, an outfit, and how both are painted."""
 
 import cmath
 import math
 
-from .figure_drawing import COVER, HAIRS, PART, SKINS, arc, disc, dye, fabric, jitter, pick, plain, smooth, turned, uniform
-from .figure_head import Head
+from .drawing import (COVER, HAIRS, PART, SKINS, arc, disc, dye, fabric, jitter, pick, plain, smooth, turned,
+                      uniform)
+from .head import Head
 
-# Angles of the two bones of a limb, in degrees from straight down, outward positive, as ranges;
-# then the ranges of foreshortening. Arms also say whether they are before the person's own chest (True), behind
+# Angles of the two bones of a limb, in degrees from straight down, outward positive, as ranges; then the
+# ranges of foreshortening. Arms also say whether they are before the person's own chest (True), behind
 # their back (False) or may be either (None).
 ARM_POSES = (  # upper arm, lower arm, foreshortening of each, before the chest
     ((5, 22), (0, 16), (1, 1), (1, 1), None),              # hanging
@@ -32,8 +33,8 @@ SIT = ((18, 34), (-6, 10), (.4, .55), (.95, 1))
 UPPER_ARM, LOWER_ARM = (.031, .029, .024), (.025, .025, .016)
 UPPER_LEG, LOWER_LEG = (.056, .052, .036), (.036, .040, .022)
 # Half widths of the torso at heights above the hips.
-TORSO = ((-.055, .040), (-.03, .074), (0., .088), (.05, .079), (.10, .069), (.16, .078), (.22, .090), (.265, .096),
-         (.285, .088), (.30, .062), (.315, .036), (.33, .030))
+TORSO = ((-.055, .040), (-.03, .074), (0., .088), (.05, .079), (.10, .069), (.16, .078), (.22, .090),
+         (.265, .096), (.285, .088), (.30, .062), (.315, .036), (.33, .030))
 
 
 def ramp(points, t):
@@ -53,7 +54,7 @@ def bone_radius(radii, t):
 class Person(Head):
     """Poses and dresses a person at construction (so the scene can borrow the colours); `draw` paints it.
 
-    height: of the standing person, in picture heights. `place(x, y)` puts the hips there.
+    height: of the standing person, in picture heights. `place(hips)` puts the hips there.
     In this class side s is +1 for the limb at image right of an upright body, -1 at image left.
     """
 
@@ -67,6 +68,7 @@ class Person(Head):
         self.wide = .3 + .7 * math.cos(self.turn)
         self.pose(uniform(rng, -1, 1))
         self.dress()
+        self.accessories()
 
     # --- pose ---
 
@@ -97,15 +99,16 @@ class Person(Head):
             wrist = elbow + .145 * h * u(far) * aim
             tip = wrist + .05 * h * aim * cmath.exp(1j * math.radians(uniform(rng, -15, 15)))
             self.arms[s] = shoulder, elbow, wrist, tip
-            if abs(self.turn) > .45 and front is None:  # the far arm is behind the torso, the near one before it
-                front = (s * self.turn < 0) == self.front
+            if abs(self.turn) > .45 and front is None:
+                front = (s * self.turn < 0) == self.front  # the far arm is behind the torso
             # the camera sees a chest's arms in front in a front view, hidden in a back view
             self.arm_in_front[s] = rng.random() < .5 if front is None else front == self.front
         self.near_leg = pick(rng, (1, -1))
 
     def top_and_bottom(self):
         """Heights of the crown and of the lowest ankle relative to the hips (y downward)."""
-        return (self.head + .1 * self.head_size * self.head_up).imag, max(leg[2].imag for leg in self.legs.values())
+        crown = self.head + .1 * self.head_size * self.head_up
+        return crown.imag, max(ankle.imag for _, _, ankle in self.legs.values())
 
     def place(self, hips):
         """Move the hips, which are at the origin, to a point of the picture."""
@@ -129,12 +132,13 @@ class Person(Head):
     # --- outfit ---
 
     def dress(self):
-        rng = self.rng
-        chance = lambda p: rng.random() < p
+        """Skin, hair, and the garments that everybody wears, with their lengths."""
+        rng, chance = self.rng, self.chance
         self.skin = plain(jitter(rng, pick(rng, SKINS)))
         self.hair = plain(jitter(rng, pick(rng, HAIRS)))
         self.hair_style = pick(rng, ("short", "short", "bob", "long", "long", "bun", "curly"))
-        self.kind = pick(rng, ("pants",) * 7 + ("shorts",) * 4 + ("skirt",) * 5 + ("dress",) * 5 + ("jumpsuit",) * 2)
+        self.kind = pick(rng, ("pants",) * 7 + ("shorts",) * 4 + ("skirt",) * 5 + ("dress",) * 5
+                         + ("jumpsuit",) * 2)
         self.top_cover = "dress" if self.kind in ("dress", "jumpsuit") else "upper-clothes"
         self.bottom_cover = {"shorts": "pants", "jumpsuit": "dress"}.get(self.kind, self.kind)
         self.top = fabric(rng, .6)
@@ -142,7 +146,8 @@ class Person(Head):
         self.sleeve = pick(rng, (0, .35, .5, .8, 1.5, 1.96, 1.96, 1.96))
         if self.kind == "jumpsuit" and chance(.3):
             self.sleeve = 0
-        self.trouser = uniform(rng, .3, .85) if self.kind == "shorts" else pick(rng, (1.97, 1.97, 1.95, 1.7, 1.45))
+        long = 1.97, 1.97, 1.95, 1.7, 1.45
+        self.trouser = uniform(rng, .3, .85) if self.kind == "shorts" else pick(rng, long)
         if self.kind == "jumpsuit" and chance(.3):
             self.trouser = uniform(rng, .35, .7)
         self.hem = uniform(rng, .45, 1.15) if chance(.75) else uniform(rng, 1.2, 1.8)  # of skirt or dress
@@ -152,6 +157,10 @@ class Person(Head):
             self.tucked = uniform(rng, .12, .16)  # a bare midriff
         self.neckline = uniform(rng, .012, .06)
         self.bare_chest = self.kind == "shorts" and chance(.15)
+
+    def accessories(self):
+        """What not everybody wears: a coat, a belt, shoes, a hat, a bag, ..."""
+        rng, chance = self.rng, self.chance
         self.coat = fabric(rng, .4) if chance(.27) and not self.bare_chest else None
         self.coat_hem, self.coat_open = uniform(rng, -.1, 1.3), chance(.7)
         self.coat_gap = uniform(rng, .018, .04)
@@ -161,11 +170,16 @@ class Person(Head):
         self.sock = (fabric(rng, .3), uniform(rng, .3, .75)) if chance(.62) else None
         self.glove = (plain(dye(rng)), uniform(rng, .5, .9)) if chance(.22) else None
         self.hat = (pick(rng, ("cap", "brim", "beanie")), fabric(rng, .2)) if chance(.28) else None
-        self.glasses = plain(pick(rng, ((20, 20, 24), (46, 30, 22), (24, 34, 66), (120, 60, 40)))) if chance(.42) else None
+        tints = (20, 20, 24), (46, 30, 22), (24, 34, 66), (120, 60, 40)
+        self.glasses = plain(pick(rng, tints)) if chance(.42) else None
         self.scarf = fabric(rng, .6) if chance(.22) else None
         self.bag = pick(rng, ("hand", "hand", "shoulder", "back")) if chance(.42) else None
         self.bag_cloth = fabric(rng, .25)
-        self.beard = self.hair_style in ("short", "curly") and self.kind in ("pants", "shorts") and chance(.35)
+        self.beard = (self.hair_style in ("short", "curly") and self.kind in ("pants", "shorts")
+                      and chance(.35))
+
+    def chance(self, p):
+        return self.rng.random() < p
 
     # --- painting ---
 
@@ -190,7 +204,7 @@ class Person(Head):
         if self.front:
             self.hair_behind()
         if self.coat and self.coat_hem > .15:
-            self.skirt("coat", self.coat, self.coat_hem * .98, .03, 0, .7)  # the coat's inside, behind the legs
+            self.skirt("coat", self.coat, self.coat_hem * .98, .03, 0, .7)  # its inside, behind the legs
         for s in arms:
             if not self.arm_in_front[s]:
                 self.arm(s)
@@ -213,24 +227,29 @@ class Person(Head):
         toe = ankle + h * complex(.075 * toe_out * (1 if self.front else -.6), .026 if self.front else .014)
         heel = ankle + .008j * h
         tone = 1.0 if s == self.near_leg else .93
+
+        def foot(cover, cloth, ra, rm, rb):
+            self.canvas.tube(heel, toe, ra * h, rm * h, rb * h, PART[lower], COVER[cover], cloth, tone=tone)
+
         self.wrap(lower, "skin", self.skin, knee, ankle, LOWER_LEG, tone=tone)
-        self.canvas.tube(heel, toe, .022 * h, .024 * h, .017 * h, PART[lower], COVER["skin"], self.skin, tone=tone)
+        foot("skin", self.skin, .022, .024, .017)
         if self.sock:
             cloth, start = self.sock
             self.wrap(lower, "socks", cloth, knee, ankle, LOWER_LEG, start, 1, 1.08, tone=tone)
-            self.canvas.tube(heel, toe, .023 * h, .025 * h, .018 * h, PART[lower], COVER["socks"], cloth, tone=tone)
+            foot("socks", cloth, .023, .025, .018)
         if self.shoe:
             if self.shaft < .9:
                 self.wrap(lower, "shoe", self.shoe, knee, ankle, LOWER_LEG, self.shaft, 1, 1.18, tone=tone)
-            self.canvas.tube(heel, toe, .026 * h, .029 * h, .023 * h, PART[lower], COVER["shoe"], self.shoe, tone=tone)
+            foot("shoe", self.shoe, .026, .029, .023)
         ease, flare = 1.06 + .6 * self.flare * 4, self.flare * .3
-        trousers = self.bottom_cover == "pants" or self.kind == "jumpsuit"
-        if trousers and self.trouser > 1:
-            self.wrap(lower, self.bottom_cover, self.bottom, knee, ankle, LOWER_LEG, 0, self.trouser - 1, ease, flare, tone)
-        if not trousers or self.trouser < 1:
+        garment, cloth, length = self.bottom_cover, self.bottom, self.trouser
+        trousers = garment == "pants" or self.kind == "jumpsuit"
+        if trousers and length > 1:
+            self.wrap(lower, garment, cloth, knee, ankle, LOWER_LEG, 0, length - 1, ease, flare, tone)
+        if not trousers or length < 1:
             self.wrap(upper, "skin", self.skin, hip, knee, UPPER_LEG, tone=tone)
         if trousers:
-            self.wrap(upper, self.bottom_cover, self.bottom, hip, knee, UPPER_LEG, 0, min(1, self.trouser), ease, 0, tone)
+            self.wrap(upper, garment, cloth, hip, knee, UPPER_LEG, 0, min(1, length), ease, 0, tone)
 
     def arm(self, s):
         shoulder, elbow, wrist, tip = self.arms[s]
@@ -249,8 +268,8 @@ class Person(Head):
             if length > 1:
                 self.wrap(lower, cover, cloth, elbow, wrist, LOWER_ARM, 0, length - 1, ease, .002, tone)
             if length > 0:
-                flare = .003 if length < 1 else 0
-                self.wrap(upper, cover, cloth, shoulder, elbow, UPPER_ARM, 0, min(1, length), ease, flare, tone)
+                stop, flare = (length, .003) if length < 1 else (1, 0)
+                self.wrap(upper, cover, cloth, shoulder, elbow, UPPER_ARM, 0, stop, ease, flare, tone)
         cover, cloth = ("glove", self.glove[0]) if self.glove else ("skin", self.skin)
         k = h * (1.12 if self.glove else 1)
         if self.glove:
@@ -345,8 +364,9 @@ class Person(Head):
                 self.on_torso(((gap, .20), (gap + .012, .315), (gap + .04, .30), (gap + .035, .25)),
                               "coat", self.coat, 1.16, angle, s)
         if self.front and not gap:
+            r = .006 * self.h  # of a button
             for y in (.03, .11, .19):
-                self.paint(disc(self.torso(.012, y), .006 * self.h, .006 * self.h), "torso", "coat", plain((36, 32, 32)))
+                self.paint(disc(self.torso(.012, y), r, r), "torso", "coat", plain((36, 32, 32)))
         if self.belt and not self.coat_open:
             self.wear_belt("belt on coat", 1.18)
 
@@ -354,8 +374,9 @@ class Person(Head):
         side = pick(self.rng, (1, -1))
         if self.front or self.rng.random() < .4:
             low = uniform(self.rng, .07, .17)
-            self.on_torso(((.004, .30), (.042, .30), (.052, low), (.008, low - .006)), "scarf", self.scarf, .9, .3, side)
+            end = (.004, .30), (.042, .30), (.052, low), (.008, low - .006)
             lit = (.014, .29), (.03, .29), (.034, low + .01), (.018, low + .01)
+            self.on_torso(end, "scarf", self.scarf, .9, .3, side)
             self.on_torso(lit, "scarf", self.scarf, 1.1, .3, side)
         around = (-.058, .318), (-.04, .345), (.04, .345), (.058, .318), (.035, .275), (-.035, .275)
         fold = (-.042, .312), (0, .298), (.042, .312), (0, .285)
@@ -375,11 +396,12 @@ class Person(Head):
         handle = arc(top, .6 * w, .065 * h, 1, 180, 360) + arc(top, .42 * w, .05 * h, 1, 360, 180)
         self.paint(handle, "background", "bag", cloth, .8)
         for size, high, low, shade in ((1, 0, 1, .88), (.75, .1, .85, 1.08)):
-            self.paint([top + complex(x * size * w, y * d) for x, y in ((-.8, high), (.8, high), (1, low), (-1, low))],
-                       "background", "bag", cloth, shade)
+            corners = (-.8, high), (.8, high), (1, low), (-1, low)
+            outline = [top + complex(x * size * w, y * d) for x, y in corners]
+            self.paint(outline, "background", "bag", cloth, shade)
 
     def carry_bag(self):
-        """A bag on the back, whose straps are what a front view sees, or one at the hip on a strap across the chest."""
+        """On the back, where a front view sees only straps, or at the hip on a strap across the chest."""
         h, cloth, s = self.h, self.bag_cloth, self.bag_side()
         if self.bag == "back" and not self.front:
             half = (.075, .06), (.08, .22), (.05, .275)

@@ -1,0 +1,251 @@
+"""Pictures that only the notebooks show: panels, matrices, the graph of a body, sampling points, timings.
+
+A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where a picture is drawn.
+"""
+
+import numpy as np
+from PIL import Image
+
+from sst.domains import IGNORE
+from sst.plots import colourise, draw_matrix, is_dark
+
+
+def rendered(figure):
+    """A matplotlib Figure -> a PIL image, which a notebook shows as it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def panel(pictures, titles, domains=None, columns=None, width=2.0):
+    """Pictures side by side with a title each, as a PIL image.
+
+    pictures: (H, W, 3) uint8, or (H, W) class ids where the same place of `domains` holds their LabelDomain:
+    those are coloured, and the names of their classes stand below. columns: pictures a row. width: of one
+    picture, in inches.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    domains = domains or [None] * len(pictures)
+    columns = min(columns or len(pictures), len(pictures))
+    rows = -(-len(pictures) // columns)
+    present = [np.setdiff1d(np.unique(picture), (0, IGNORE)) if domain else ()
+               for picture, domain in zip(pictures, domains)]
+    tall = width * max(picture.shape[0] / picture.shape[1] for picture in pictures)
+    names = 0.14 * max((len(ids) + 1) // 2 for ids in present)  # inches below a picture
+    row = 0.28 + tall + (names and names + 0.15)
+    size = (width + 0.08) * columns, row * rows + 0.05
+    figure = Figure(figsize=size, dpi=100)
+    for k, (picture, title, domain, ids) in enumerate(zip(pictures, titles, domains, present)):
+        left, top = (width + 0.08) * (k % columns) + 0.04, size[1] - row * (k // columns) - 0.28
+        axis = figure.add_axes((left / size[0], (top - tall) / size[1], width / size[0], tall / size[1]))
+        axis.imshow(colourise(picture, domain) if domain else picture, interpolation="nearest")
+        axis.axis("off")
+        axis.set_title(title, fontsize=9, pad=3)
+        if domain:
+            patches = [Patch(facecolor=domain.palette()[i] / 255, edgecolor="0.5", linewidth=0.4,
+                             label=domain.classes[i]) for i in ids]
+            axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7,
+                        frameon=False, handlelength=1, labelspacing=0.3, columnspacing=0.8, borderaxespad=0.3)
+    return rendered(figure)
+
+
+def shade(values, low=None, high=None, cmap="viridis"):
+    """(H, W) numbers -> (H, W, 3) uint8 colours between `low` and `high` (smallest and largest number)."""
+    from matplotlib import colormaps
+    values = np.asarray(values, np.float64)
+    low, high = values.min() if low is None else low, values.max() if high is None else high
+    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return (255 * colormaps[cmap](share)[..., :3]).round().astype(np.uint8)
+
+
+def matrices(values, titles, rows, columns, width=None, **how):
+    """Heat maps side by side, as a PIL image.
+
+    values: matrices (R, C). rows, columns: the names of their R rows and C columns. width: of all, in inches.
+    how: as sst.plots.draw_matrix takes it.
+    """
+    from matplotlib.figure import Figure
+    n = len(values)
+    width = width or n * (0.3 * len(columns) + 0.5) + 0.07 * max(map(len, rows))
+    height = 0.22 * len(rows) + 0.07 * max(map(len, columns)) + 0.4
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    for k, (axis, matrix, title) in enumerate(zip(figure.subplots(1, n, squeeze=False)[0], values, titles)):
+        draw_matrix(axis, np.asarray(matrix), rows if k == 0 else [""] * len(rows), columns, **how)
+        axis.set_title(title, fontsize=9)
+    return rendered(figure)
+
+
+def place_of(region):
+    """x, y of a region (H, W) of booleans: its mean where that lies in the region.
+
+    Else it is the pixel next to the mean of the larger half, left or right: the place of arms is on an arm.
+    """
+    y, x = np.nonzero(region)
+    mean = np.array([x.mean(), y.mean()])
+    if not region[tuple(mean.round().astype(int)[::-1])]:
+        half = x > mean[0]
+        half = half if half.mean() >= 0.5 else ~half
+        x, y = x[half], y[half]
+        nearest = np.hypot(x - x.mean(), y - y.mean()).argmin()
+        mean = np.array([x[nearest], y[nearest]])
+    return mean
+
+
+def class_places(label, others, Z):
+    """(Z, 2): where each class is on the body, as x, y in pixels of a label map (H, W); NaN: in no map.
+
+    The place of a class that `label` lacks is its mean place in the label maps `others`. In each of them,
+    places are measured between the top and bottom, the left and right end of the foreground.
+    """
+    def foreground(label):
+        return (label > 0) & (label != IGNORE)
+
+    def places(label):
+        y, x = np.nonzero(foreground(label))
+        corner, size = np.array([x.min(), y.min()]), np.array([np.ptp(x) + 1, np.ptp(y) + 1])
+        present = [z for z in range(Z) if (label == z).any()]
+        result = np.full((Z, 2), np.nan)
+        result[present] = [(place_of(label == z) - corner) / size for z in present]
+        return result, corner, size
+
+    own, corner, size = places(label)
+    found = np.stack([places(other)[0] for other in others if foreground(other).any()] + [own])
+    seen = ~np.isnan(found[..., 0])
+    mean = np.nansum(found, axis=0) / np.where(seen.any(0), seen.sum(0), np.nan)[:, None]
+    return np.where(np.isnan(own), mean, own) * size + corner
+
+
+def body_graph(samples, width=4.0):
+    """M_intra drawn on the body, one picture per domain side by side, as a PIL image.
+
+    Every class but the background has its name at its place, and a line goes between two that touch. What has
+    to do with a class that the picture lacks is grey. A class without a place in any label map is left out.
+
+    samples: [(domain, image (H, W, 3), label map (H, W), label maps of others), ...]; those of others show
+    where the classes are that the label map lacks.
+    """
+    from matplotlib.figure import Figure
+    tall = max(image.shape[0] / image.shape[1] for _, image, _, _ in samples)
+    figure = Figure(figsize=(width * len(samples), 0.98 * width * tall + 0.32), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(samples), squeeze=False)[0]
+    for axis, (domain, image, label, others) in zip(axes, samples):
+        h, w = label.shape
+        axis.imshow(0.35 * image.mean(-1) + 0.65 * 255, cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
+        axis.axis("off")
+        axis.set_title(domain.name, fontsize=10)
+        mask, palette = domain.intra_mask().numpy(), domain.palette() / 255
+        there = np.isin(np.arange(domain.num_classes), label)
+        place = class_places(label, others, domain.num_classes)
+        known = [z for z in range(1, domain.num_classes) if not np.isnan(place[z]).any()]
+        place[known] = apart(place[known], gap=(0.22 * w, 0.07 * h), size=(w, h))
+        for a, b in [(a, b) for a in known for b in known if a < b and mask[a, b]]:
+            strong = there[a] and there[b]
+            axis.plot(*zip(place[a], place[b]), color="0.1" if strong else "0.45",
+                      linewidth=1.1 if strong else 0.6, linestyle="-" if strong else ":",
+                      zorder=2 if strong else 1)
+        for z in known:
+            ink = "0.45" if not there[z] else "white" if is_dark(palette[z]) else "black"
+            axis.text(*place[z], domain.classes[z], ha="center", va="center", fontsize=7, color=ink,
+                      zorder=3 + there[z],
+                      bbox=dict(boxstyle="round,pad=0.2", linewidth=0.6,
+                                edgecolor="0.2" if there[z] else "0.6",
+                                facecolor=palette[z] if there[z] else "0.95"))
+    return rendered(figure)
+
+
+def apart(points, gap, size):
+    """Points (n, 2), moved a little, so that none is in the ellipse of radii `gap` (x, y) around another.
+
+    They stay within `size` (w, h), even where they cannot be so far apart.
+    """
+    gap, size = np.asarray(gap, np.float64), np.asarray(size, np.float64)
+    rank = np.argsort(np.argsort(points[:, 1], kind="stable"))
+    side = np.where(rank % 2, 0.2, -0.2) + 0.01 * rank
+    # A column of points gives way to both sides.
+    start = points = points + np.stack([side * gap[0], 0 * side], -1)
+    for _ in range(300):
+        difference = (points[:, None] - points[None]) / gap  # (n, n, 2)
+        distance = np.linalg.norm(difference, axis=-1, keepdims=True)
+        push = np.maximum(1 - distance, 0) * difference / np.maximum(distance, 1e-9)
+        points = points + 0.3 * gap * push.sum(1) + 0.02 * (start - points)
+        points = np.clip(points, gap * (0.4, 0.3), size - gap * (0.4, 0.3))
+    return points
+
+
+def sampling_points(image, chosen, reference, locations, weights):
+    """Where queries of deformable attention look: one picture of the photo for each, as a PIL image.
+
+    image (H, W, 3) uint8; chosen {title: q}; reference (Q, 2), locations (Q, M, L, P, 2) and weights
+    (Q, M, L, P) as `deform_attn` takes them. A level has a colour, a head a marker, a weight an area. The
+    white cross is the query. What lies outside the photo reads zeros, and what lies far outside is not drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    figure = Figure(figsize=(2.5 * len(chosen) + 1, 2.85), dpi=110, layout="constrained")
+    widths = [2.5] * len(chosen) + [1]
+    *axes, key = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    H, W = image.shape[:2]
+    colours, markers, (_, M, L, _) = ("#ffb000", "#dc267f", "#648fff", "#009e73"), "o^sDvP*X", weights.shape
+    for axis, (title, q) in zip(axes, chosen.items()):
+        axis.imshow(image, extent=(0, W, H, 0), interpolation="nearest")
+        for m in range(M):
+            for l in range(L):
+                x, y = (np.asarray(locations[q, m, l]) * (W, H)).T
+                axis.scatter(x, y, s=6 + 400 * np.asarray(weights[q, m, l]), c=colours[l % 4],
+                             marker=markers[m % 8], edgecolor="black", linewidth=0.5, alpha=0.85)
+        axis.plot(*(np.asarray(reference[q]) * (W, H)), "+", color="white", markersize=11, markeredgewidth=2)
+        axis.set(xlim=(-0.3 * W, 1.3 * W), ylim=(1.3 * H, -0.3 * H), xticks=[], yticks=[], facecolor="0.85")
+        axis.set_title(title, fontsize=9)
+    dots = [Line2D([], [], linestyle="", marker="o", color=colours[l % 4], label=f"level {l + 1}")
+            for l in range(L)]
+    dots += [Line2D([], [], linestyle="", marker=markers[m % 8], color="0.4", label=f"head {m + 1}")
+             for m in range(M)]
+    key.legend(handles=dots, loc="center left", fontsize=8, frameon=False)
+    key.axis("off")
+    return rendered(figure)
+
+
+def heat_map(matrix, title, xlabel="", ylabel="", lines=(), path=None):
+    """A matrix as a picture, dark where it is large; a PIL image.
+
+    lines: rows and columns before which a line is drawn, such as the first of each level. path: (n, 2) places
+    x, y drawn over it.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5.2, 4.4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.imshow(np.asarray(matrix), cmap="Blues", interpolation="nearest")
+    figure.colorbar(drawn, ax=axis, shrink=0.8)
+    for n in lines:
+        axis.axhline(n - 0.5, color="0.5", linewidth=0.6)
+        axis.axvline(n - 0.5, color="0.5", linewidth=0.6)
+    if path is not None:
+        axis.plot(*np.asarray(path).T, ".-", color="#dc267f", linewidth=1, markersize=4)
+        axis.plot(*np.asarray(path)[-1], "o", color="#dc267f", markersize=8, markeredgecolor="black")
+    axis.set_title(title, fontsize=10)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    return rendered(figure)
+
+
+def timings(x, times, xlabel):
+    """Times over sizes, both logarithmic, as a PIL image.
+
+    A line goes through the medians, a bar from the fastest turn to the slowest. x: the sizes.
+    times: {name: (len(x), turns) seconds}.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5.6, 3.6), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for (name, turns), colour in zip(times.items(), ("#648fff", "#fe6100", "#555555", "#dc267f")):
+        turns = 1000 * np.asarray(turns)
+        middle = np.median(turns, axis=1)
+        bars = [middle - turns.min(1), turns.max(1) - middle]
+        axis.errorbar(x, middle, bars, fmt="o-", color=colour, label=name, capsize=3, markersize=4)
+    axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="milliseconds")
+    axis.set_xticks(x, [str(n) for n in x])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return rendered(figure)
