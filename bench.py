@@ -20,14 +20,14 @@ from importlib.util import find_spec
 
 import torch
 
-from sst import config as settings
+from sst import runs
 from sst.deform_attn import deform_attn
 from sst.distributed import compiler_fault
 from sst.domains import builtin_domain
 from sst.losses import L_seg, L_u
 from sst.model import ParsingNet
+from sst.optim import build_optimizer
 from sst.scenarios import build
-from train import optimiser_of
 
 PHOTO = [(64, 64), (32, 32), (16, 16)]  # encoder levels of one image at 512x512
 PEER = "torch-ms-deform-attn (compiled)"
@@ -201,15 +201,16 @@ def bench_step(device, rounds):
 
         def step(model, optimizer, config):
             terms, _ = model(images, labels, domain)
-            L_u(terms, config["alpha"], config["beta"], config["lam"]).backward()
+            L_u(terms, config.alpha, config.beta, config.lam).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         variants = {}
         for name, flags in (("without SST ms", ["--beta", "0", "--lam", "0"]), ("with SST ms", [])):
-            config = settings.resolve(["--preset", preset, "--data", "figures", "--arch", arch, "--backbone-weights", "none", *flags])
+            config = runs.configure(["--preset", preset, "--data", "figures", "--arch", arch,
+                                     "--backbone-weights", "none", *flags])
             model = build(config, domains).to(device, memory_format=torch.channels_last).train()
-            variants[name] = partial(step, model, optimiser_of(model, config), config)
+            variants[name] = partial(step, model, build_optimizer(model, config), config)
         times = medians(variants, rounds)
         result[f"{preset}: {arch}, {B} x {side}x{side}"] = {name: 1000 * seconds for name, seconds in times.items()} | {
             "ratio": times["with SST ms"] / times["without SST ms"]}

@@ -109,7 +109,7 @@ def main(argv=None):
     for key, matrix in matrices.items():
         data, head = key
         classes, title = datasets[data].domain.classes, titles[key]
-        matrix = distributed.total(torch.from_numpy(matrix).to(device)).cpu().numpy()
+        matrix = distributed.all_reduce(torch.from_numpy(matrix).to(device)).cpu().numpy()
         missing = [z for z in range(len(classes)) if z not in columns[key]]
         result = scores(mapped(matrix, columns[key]), missing)
         results[title] = for_json(result, classes)

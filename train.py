@@ -106,14 +106,14 @@ def train(config, run, train_sets, val_sets, place, interruption):
         devices = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     norms = distributed.StepBatchNorm(model.net)
-    crops = Crops(train_sets, config.size, config.crop, config.seed, config.scale, config.resize,
-                  config.skip_bad)
+    crops = Crops(train_sets, config.size, config.crop, config.seed, config.scale, config.skip_bad,
+                  config.resize)
     mine = range(at.step * K + rank, steps * K, world)
     batches = journal.timed(micro_batches(crops, schedule, mine, config.workers, device))
     results = None
 
-    def save():
-        runs.save(out, model, domains, optimizer, scaler, at, lists, config)
+    def save(again=False):
+        runs.save(out, model, domains, optimizer, scaler, at, lists, config, again)
 
     def score():
         results, skipped = validate(model.net, val_sets, config, place)
@@ -143,7 +143,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
             sys.exit(128 + (interruption.signal or signal.SIGTERM))
         if at.pending:
             results = score()
-            save()
+            save(again=True)
 
     if config.validations and results is None:  # resumed when nothing was left to train
         results, _ = validate(model.net, val_sets, config, place)

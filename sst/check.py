@@ -34,15 +34,15 @@ def report(stages, open_data):
     """
     found = []  # of every dataset: title, {split: Tally}, sentences about lists that cannot be opened
     for stage in stages:
-        if stage["data"]:
-            found += [open_lists(name, path) for name, path in named_paths(stage["data"]).items()]
+        if stage.data:
+            found += [open_lists(name, path) for name, path in named_paths(stage.data).items()]
         else:
             found += [(f"{train.domain.name}, figures", {"train": Tally(train), "val": Tally(val)}, [])
                       for train, val in zip(*open_data(stage))]
     read = bad = 0
     for title, tallies, unopened in found:
         for split, tally in tallies.items():
-            tally.read(f"{title} {split}", stages[0]["workers"])
+            tally.read(f"{title} {split}", stages[0].workers)
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
     verdict = f"bad: {bad}, named above" if bad else "none is bad"

@@ -61,11 +61,14 @@ def save(content, path):
                          f"some space, then go on with --resume {Path(path).parent}") from None
 
 
-def save_last(content, folder):
-    """Everything needed to resume, to last.pt; the checkpoint before it becomes previous.pt."""
+def save_last(content, folder, again=False):
+    """Everything needed to resume, to last.pt; the checkpoint before it becomes previous.pt.
+
+    again: last.pt is of the same step, and is replaced.
+    """
     last, fresh = Path(folder) / "last.pt", Path(folder) / "fresh.pt"
     save(content, fresh)
-    if last.exists():
+    if last.exists() and not again:
         os.replace(last, last.with_name("previous.pt"))
     os.replace(fresh, last)
 

@@ -284,7 +284,6 @@ def resolve(given, before=None):
     before: the Config of the run that it starts from (--init-from, --source-checkpoint), whose network it
     keeps.
     """
-    check_scenario(preset("paper") | given)
     data = any(given.get(key) for key in ("data", "source", "target"))
     name = given.get("preset") or (before and before.preset) or ("paper" if data else "demo")
     changes = {"preset": name} | given
@@ -332,8 +331,9 @@ def check(config):
                          f"{config.batch_size}")
 
 
-def check_scenario(config):
+def check_scenario(given):
     """Refuse flags of one scenario in the other, and sources that are the target."""
+    config = preset("paper") | given
     dedicated = config.mode == "dedicated"
     other = ["data", "init_from"] if dedicated else [
         "source", "target", "source_checkpoint", "source_epochs", "source_steps"]

@@ -157,3 +157,20 @@ def confusion_of(net, dataset, size=None, indices=None, skipped=None):
         prediction = photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()
         matrix += confusion(prediction, label, Z)
     return matrix
+
+
+def samples(net, datasets, size=None, count=3):
+    """[(domain, [(image, truth, prediction), ...])]: the first photos of each dataset that can be read."""
+    chosen = []
+    for dataset in datasets:
+        name, triples = dataset.domain.name, []
+        for i in range(len(dataset)):
+            try:
+                image, truth = dataset.load(i)
+            except InputError:  # validation has named it
+                continue
+            triples.append((image, truth, photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()))
+            if len(triples) == count:
+                break
+        chosen.append((dataset.domain, triples))
+    return chosen

@@ -50,3 +50,16 @@ def scores(matrix, left_out=()):
 def mean(values):
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
+
+
+def summary(results, domains):
+    """The scores {domain: scores} as a table: a line a domain, and which classes its means are without."""
+    classes = {d.name: d.classes for d in domains}
+    lines = [f"{'validation':<12} {'mIoU %':>8} {'mean accuracy %':>16}"]
+    for name, result in results.items():
+        line = f"{name:<12} {result['miou']:>8.2f} {result['mean_accuracy']:>16.2f}"
+        if result["absent"]:
+            absent = ", ".join(classes[name][i] for i in result["absent"])
+            line += f"   (without {absent}: in no label and no prediction)"
+        lines.append(line)
+    return "\n".join(lines)

@@ -32,6 +32,7 @@ def configure(argv=None):
     folder = broadcast(folder_to_resume(given))
     if folder:
         return resumed(given, folder)
+    settings.check_scenario(given)
     return settings.resolve(given, before(given))
 
 
@@ -223,13 +224,13 @@ class Progress:
     pending: bool = False
 
 
-def save(out, model, domains, optimizer, scaler, at, lists, config):
-    """Everything needed to go on, to last.pt, by the first process."""
+def save(out, model, domains, optimizer, scaler, at, lists, config, again=False):
+    """Everything needed to go on, to last.pt, by the first process. again: for the second time after a step."""
     if distributed.first():
         content = checkpoint.model_content(model.net, domains) | vars(at) | {
             "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "lists": lists, "config": vars(config)}
-        checkpoint.save_last(content, out)
+        checkpoint.save_last(content, out, again)
 
 
 def restore(state, path, config, lists, model, optimizer, scaler):

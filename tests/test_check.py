@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import train
+from sst import runs
 from sst.check import touching
 from sst.data import listing, open_dataset
 
@@ -202,4 +203,4 @@ def test_bad_files_whatever_the_number_of_processes(tmp_path, check):
 
 
 def test_a_run_knows_nothing_of_the_flag():
-    assert train.settings.resolve([])["check"] is None and train.settings.resolve([])["workers"] == 1
+    assert runs.configure([]).check is None and runs.configure([]).workers == 1

@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 import predict
-from sst import config
+from sst import checkpoint, runs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,9 +45,10 @@ def accept(command, monkeypatch):
     elif program == "predict.py":
         predict.arguments().parse_intermixed_args(flags)
     else:
-        made_up = config.resolve(["--data", "pascal=DIR"] if any("=DIR" in flag or "=$" in flag for flag in flags) else [])
-        monkeypatch.setattr(config, "load", lambda path, kind: {"config": made_up})
-        config.stages(config.resolve(flags))
+        data = any("=DIR" in flag or "=$" in flag for flag in flags)
+        made_up = vars(runs.configure(["--data", "pascal=DIR"] if data else []))
+        monkeypatch.setattr(checkpoint, "load", lambda path, kind: {"config": made_up})
+        runs.stages(runs.configure(flags))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

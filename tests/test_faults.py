@@ -9,11 +9,11 @@ from PIL import Image
 from test_train import SHORT, TINY, lines, run
 
 import train
-from sst import config as settings, model, scenarios
+from sst import model, runs, scenarios
 from sst.data import Crops, Photos
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.muon import Muon
+from sst.optim import Muon
 
 
 @pytest.fixture(autouse=True)
@@ -174,30 +174,43 @@ def test_a_flag_that_contradicts_the_run_is_refused(finished, flags, message):
         if "--out" in flags and resume[1] == "auto":
             continue
         with pytest.raises(InputError) as caught:
-            settings.resolve([*resume, *flags])
+            runs.configure([*resume, *flags])
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_flags_that_agree_and_those_that_change_no_result_are_taken(finished):
-    before = settings.resolve(["--resume", str(finished)])
-    same = settings.resolve(["--resume", "auto", "--out", str(finished), *SHORT, "--steps", "1", "--validations", "0"])
-    assert same == before and same["crop"] == (64, 64)
-    changed = settings.resolve(["--resume", str(finished), "--workers", "3", "--skip-bad", "--save-every", "7"])
+    before = runs.configure(["--resume", str(finished)])
+    same = runs.configure(["--resume", "auto", "--out", str(finished), *SHORT, "--steps", "1", "--validations", "0"])
+    assert same == before and same.crop == (64, 64)
+    changed = runs.configure(["--resume", str(finished), "--workers", "3", "--skip-bad", "--save-every", "7"])
     assert changed == before | {"workers": 3, "skip_bad": True, "save_every": 7}
 
 
 def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings.resolve(["--resume", "auto"])["out"] is None
+    assert runs.configure(["--resume", "auto"]).out is None
     for n in (1, 2):
-        config = settings.resolve([]) | {"out": str(settings.run_folder("universal", n)), "seed": n}
-        settings.open_folder(config)
-    assert settings.resolve(["--resume", "auto"])["out"] == "runs/universal-2"
-    assert settings.resolve(["--resume", "auto", "--out", "runs/new"])["out"] == "runs/new"
-    assert settings.resolve(["--resume", "auto", "--mode", "dedicated"])["out"] is None
-    assert settings.resolve(["--out", "runs/universal"])["resume"] is None
+        config = runs.configure([]) | {"out": str(runs.run_folder("universal", n)), "seed": n}
+        runs.open_folder(config)
+    assert runs.configure(["--resume", "auto"]).out == "runs/universal-2"
+    assert runs.configure(["--resume", "auto", "--out", "runs/new"]).out == "runs/new"
+    assert runs.configure(["--resume", "auto", "--mode", "dedicated"]).out is None
+    assert runs.configure(["--out", "runs/universal"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the same command again
-    assert settings.resolve(["--seed", "2"])["resume"] == "runs/universal-2"
+    monkeypatch.setattr(runs, "recall", {"folder": "runs/universal-2"}.get)
+    assert runs.configure(["--seed", "2"]).resume == "runs/universal-2"
+
+
+def test_a_launch_that_died_before_its_folder_was_made_does_not_take_the_newest(finished, tmp_path, monkeypatch):
+    """Started again by torchrun it begins: in the folder that it had chosen, or where it had chosen none, in a new one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "universal").symlink_to(finished)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for memory, out in (({}, "runs/universal-2"), ({"folder": "runs/mine"}, "runs/mine")):
+        monkeypatch.setattr(runs, "recall", memory.get)
+        config = runs.configure([])
+        assert config.resume is None and runs.placed(config, 1).out == out
 
 
 def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypatch):
@@ -223,8 +236,8 @@ def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
     config = json.loads((out / "config.json").read_text())
     younger = ("optimizer", "decay", "balance", "sst_lr_scale", "check")
     (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in younger}))
-    resumed = settings.resolve(["--resume", str(out)])
-    assert [resumed[key] for key in younger] == ["adamw", "drop", 0, 1, None]
+    resumed = runs.configure(["--resume", str(out)])
+    assert [getattr(resumed, key) for key in younger] == ["adamw", "drop", 0, 1, None]
     content = torch.load(out / "last.pt", weights_only=True)
     content["config"] = {key: value for key, value in content["config"].items() if key not in younger}
     torch.save(content, out / "last.pt")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.files import MEAN_COLOUR
-from sst.model import ARCHS, Arch, ParsingNet, SwinBlock, from_spec, sine_position
+from sst.checkpoint import from_spec, load_imagenet
+from sst.model import ARCHS, Arch, ParsingNet, SwinBlock, sine_position
 from sst.modules import SST
 from sst.resnet import ResNet
 from sst.scenarios import Universal
@@ -56,7 +57,7 @@ def test_imagenet_file_loads_and_freezes_batch_norm(tmp_path):
     state = imagenet_like(net.backbone)
     del state["bn1.num_batches_tracked"]  # as in files of PyTorch before 0.4
     torch.save(state, tmp_path / "resnet.pth")
-    net.backbone.load_imagenet(tmp_path / "resnet.pth")
+    load_imagenet(net.backbone, tmp_path / "resnet.pth")
     net.train()
     net.features(torch.rand(2, 3, 64, 64))[-1].sum().backward()
     for key in ("conv1.weight", "bn1.running_mean", "layer4.0.bn3.weight"):
@@ -76,19 +77,19 @@ def test_another_network_s_weights_are_refused(tmp_path, spoil, message):
     spoil(state)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(InputError) as caught:
-        net.backbone.load_imagenet(tmp_path / "w.pth")
+        load_imagenet(net.backbone, tmp_path / "w.pth")
     assert message in str(caught.value) and "w.pth" in str(caught.value)
 
 
 def test_no_weights_file_or_no_weights_in_it(tmp_path):
     backbone = ParsingNet({"a": 3}, TINY).backbone
     with pytest.raises(InputError, match="no such file"):
-        backbone.load_imagenet(tmp_path / "none.pth")
+        load_imagenet(backbone, tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(InputError, match="text.pth: not a readable PyTorch weight file"):
-        backbone.load_imagenet(tmp_path / "text.pth")
+        load_imagenet(backbone, tmp_path / "text.pth")
     with pytest.raises(InputError, match="no ImageNet file is published"):
-        backbone.load_imagenet("auto")
+        load_imagenet(backbone, "auto")
 
 
 def test_auto_without_a_network_says_what_to_do(monkeypatch):
@@ -97,7 +98,7 @@ def test_auto_without_a_network_says_what_to_do(monkeypatch):
         raise URLError("no route")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(InputError, match=r"resnet50-0676ba61.pth could not be downloaded .*no route.*--backbone-weights PATH"):
-        ResNet().load_imagenet("auto")
+        load_imagenet(ResNet(), "auto")
 
 
 @pytest.mark.parametrize("shift", [0, 2])

@@ -5,7 +5,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from sst.muon import Muon, orthogonalised
+from sst.optim import Muon, orthogonalised
 
 
 def rand(*shape, seed=0):

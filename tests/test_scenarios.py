@@ -13,12 +13,14 @@ from test_train import ROOT, SHORT, lines
 import train
 from figures import Figures
 from sst import checkpoint
-from sst.config import resolve, stages
+from sst.checkpoint import inherit
+from sst.runs import configure, stages
 from sst.data import fraction_of
-from sst.distributed import Interruption
+from sst.config import restored
+from sst.distributed import Interruption, Place
 from sst.domains import builtin_domain
 from sst.errors import InputError
-from sst.scenarios import build, inherit
+from sst.scenarios import build
 
 STEPS = [*SHORT, "--steps", 2, "--validations", 0]
 
@@ -86,7 +88,7 @@ def test_the_frozen_source_stays_bit_identical(transfer):
 
 
 def dedicated(source, **change):
-    config = resolve(["--mode", "dedicated", "--source-checkpoint", str(source)]) | change
+    config = configure(["--mode", "dedicated", "--source-checkpoint", str(source)]) | change
     (config,) = stages(config)
     origin = checkpoint.load(source / "last.pt", "run")
     return config, origin
@@ -96,9 +98,9 @@ def dedicated(source, **change):
 def target_only(source, tmp_path):
     """The source without PASCAL, so that PASCAL can be a target: universal parsing of ATR and CIHP."""
     out = tmp_path / "two"
-    config = json.loads((source / "config.json").read_text()) | {"figures": ["atr", "cihp"], "out": str(out), "crop": (64, 64),
-                                                                 "size": (64, 64), "scale": (0.8, 1.25), "steps": 1}
-    train.train(config, config, 0, 1, torch.device("cpu"), Interruption())
+    config = restored(json.loads((source / "config.json").read_text())) | {
+        "figures": ["atr", "cihp"], "out": str(out), "scale": (0.8, 1.25), "steps": 1}
+    train.train(config, config, *train.open_data(config), Place(0, 1, torch.device("cpu")), Interruption())
     return out
 
 
@@ -162,7 +164,7 @@ def test_fractions_are_nested_and_seeded():
 
 def other_run(source, names):
     origin = checkpoint.load(source / "last.pt", "run")
-    config = resolve(["--init-from", str(source)])
+    config = configure(["--init-from", str(source)])
     domains = [builtin_domain(name) for name in names]
     model = build(config, domains, origin)
     return model, inherit(model, domains, origin, source / "last.pt"), origin["weights"]

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from figures import Figures
-from sst import checkpoint
-from sst.config import DEMO, FIGURES, free_folder, open_folder, resolve
+from sst import checkpoint, optim, runs, scenarios
+from sst.config import FIGURES, preset
 from sst.data import Crops, Schedule, collate
 from sst.domains import builtin_domain
 from sst.errors import InputError
@@ -23,7 +23,7 @@ from sst.scenarios import Universal
 ROOT = Path(__file__).parent.parent
 TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
 DOMAINS = [builtin_domain(name) for name in FIGURES]
-BASE = DEMO | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label", resume=None, mode="universal")
+BASE = preset("demo") | dict(arch=TINY, seed=0, intra_mask="body", scr="both", connect="full", regions="label", resume=None, mode="universal")
 
 
 def batches(domains, count, size=3, seed=0):
@@ -34,7 +34,7 @@ def batches(domains, count, size=3, seed=0):
 
 def loss_of(model, config, batch):
     terms, _ = model(*batch[:3])
-    return L_u(terms, config["alpha"], config["beta"], config["lam"])
+    return L_u(terms, config.alpha, config.beta, config.lam)
 
 
 MODES = [{}, {"beta": 0, "lam": 0}, {"beta": 0}, {"lam": 0}, {"intra_mask": "none"}, {"scr": "dataset"}, {"scr": "image"}, {"scr": "none"},
@@ -46,8 +46,8 @@ MODES = [{}, {"beta": 0, "lam": 0}, {"beta": 0}, {"lam": 0}, {"intra_mask": "non
 def test_a_few_steps_lower_the_loss(change):
     domains = DOMAINS[:change.get("domains", 3)]
     config = BASE | change
-    model = train.build(config, domains).train()
-    optimizer = train.optimiser_of(model, config | {"lr": 1e-3})
+    model = scenarios.build(config, domains).train()
+    optimizer = optim.build_optimizer(model, config | {"lr": 1e-3})
     (batch,) = batches(domains, 1)
     losses = []
     for _ in range(6):
@@ -63,16 +63,16 @@ def test_a_few_steps_lower_the_loss(change):
 
 @pytest.mark.parametrize("change", [{"beta": 0, "lam": 0}, {"scr": "dataset", "connect": "progressive"}], ids=str)
 def test_a_seed_gives_the_network_the_same_weights_with_and_without_sst(change):
-    one, two = (train.build(BASE | c, DOMAINS).net.state_dict() for c in ({}, change))
+    one, two = (scenarios.build(BASE | c, DOMAINS).net.state_dict() for c in ({}, change))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    other = train.build(BASE | {"seed": 1}, DOMAINS).net.state_dict()
+    other = scenarios.build(BASE | {"seed": 1}, DOMAINS).net.state_dict()
     assert not torch.equal(one["backbone.conv1.weight"], other["backbone.conv1.weight"])
 
 
 def test_without_both_weights_no_sst_module_is_built():
-    assert train.build(BASE | {"beta": 0, "lam": 0}, DOMAINS).sst is None
-    assert train.build(BASE | {"beta": 0}, DOMAINS[:1]).sst is None, "one domain has nothing to be consistent with"
-    model = train.build(BASE | {"lam": 0}, DOMAINS)
+    assert scenarios.build(BASE | {"beta": 0, "lam": 0}, DOMAINS).sst is None
+    assert scenarios.build(BASE | {"beta": 0}, DOMAINS[:1]).sst is None, "one domain has nothing to be consistent with"
+    model = scenarios.build(BASE | {"lam": 0}, DOMAINS)
     assert model.sst is not None and len(model.sst.mst) == 0
 
 
@@ -80,7 +80,7 @@ def test_the_kept_network_is_the_same_with_and_without_sst_attached():
     images = torch.rand(1, 3, 64, 64)
     outputs, flops, sizes = [], [], []
     for change in ({}, {"beta": 0, "lam": 0}):
-        net = train.build(BASE | change, DOMAINS).eval().net
+        net = scenarios.build(BASE | change, DOMAINS).eval().net
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             outputs.append(net(images))
         flops.append(counter.get_total_flops())
@@ -92,7 +92,7 @@ def test_the_kept_network_is_the_same_with_and_without_sst_attached():
 def test_sst_reads_the_network_only_through_its_losses():
     """A step with SST and without differ, but the segmentation terms of the very same weights do not."""
     (batch,) = batches(DOMAINS, 1)
-    with_sst, without = (train.build(BASE | c, DOMAINS).train()(*batch[:3])[0] for c in ({}, {"beta": 0, "lam": 0}))
+    with_sst, without = (scenarios.build(BASE | c, DOMAINS).train()(*batch[:3])[0] for c in ({}, {"beta": 0, "lam": 0}))
     assert [name for name in without] == ["seg/pascal", "seg/atr", "seg/cihp"]
     assert all(torch.equal(with_sst[name], without[name]) for name in without)
 
@@ -114,8 +114,8 @@ def test_a_seed_gives_the_same_crops_in_the_same_order_with_and_without_sst(tmp_
 
 
 def test_groups_give_the_backbone_its_rate_and_spare_norms_from_decay():
-    model = train.build(BASE, DOMAINS)
-    groups = train.optimiser_of(model, BASE | {"backbone_lr_scale": 0.1, "sst_lr_scale": 0.5}).param_groups
+    model = scenarios.build(BASE, DOMAINS)
+    groups = optim.build_optimizer(model, BASE | {"backbone_lr_scale": 0.1, "sst_lr_scale": 0.5}).param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     of = {id(p): g for g in groups for p in g["params"]}
     net = model.net
@@ -125,22 +125,22 @@ def test_groups_give_the_backbone_its_rate_and_spare_norms_from_decay():
 
 
 def test_muon_takes_the_kept_networks_matrices_but_for_the_heads():
-    model = train.build(BASE, DOMAINS)
-    of = {id(p): g["matrices"] for g in train.optimiser_of(model, BASE | {"optimizer": "muon"}).param_groups for p in g["params"]}
+    model = scenarios.build(BASE, DOMAINS)
+    of = {id(p): g["matrices"] for g in optim.build_optimizer(model, BASE | {"optimizer": "muon"}).param_groups for p in g["params"]}
     taken = {name for name, p in model.named_parameters() if of[id(p)]}
     assert "net.backbone.layer1.0.conv2.weight" in taken and "net.encoder.layers.0.value.weight" in taken
     assert "net.decoder.0.blocks.0.qkv.weight" in taken
     assert all(p.ndim > 1 for name, p in model.named_parameters() if name in taken)
     assert not [name for name in taken if not name.startswith("net.") or name.startswith("net.heads") or name.endswith(("bias", "level"))]
-    adamw = train.optimiser_of(model, BASE | {"optimizer": "adamw"})
+    adamw = optim.build_optimizer(model, BASE | {"optimizer": "adamw"})
     assert type(adamw) is torch.optim.AdamW and not any(g["matrices"] for g in adamw.param_groups)
 
 
 def test_the_learning_rate_drops_as_published_or_falls_to_nothing():
-    drop, linear = ({"decay": decay, "drop_at": 0.6} for decay in ("drop", "linear"))
-    assert [train.rate(k / 10, drop) for k in (0, 5, 6, 9)] == [1, 1, 0.1, 0.1]
-    assert [train.rate(k / 10, linear) for k in (0, 5, 6, 8, 10)] == pytest.approx([1, 1, 1, 0.5, 0])
-    assert train.rate(125 / 150, {"decay": "drop", "drop_at": 125 / 150}) == 0.1  # the step after epoch 125
+    drop, linear = (BASE | {"decay": decay, "drop_at": 0.6} for decay in ("drop", "linear"))
+    assert [optim.rate(k / 10, drop) for k in (0, 5, 6, 9)] == [1, 1, 0.1, 0.1]
+    assert [optim.rate(k / 10, linear) for k in (0, 5, 6, 8, 10)] == pytest.approx([1, 1, 1, 0.5, 0])
+    assert optim.rate(125 / 150, preset("paper")) == 0.1  # the step after epoch 125
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------------------
@@ -277,26 +277,26 @@ def test_the_sentence_is_all_that_a_user_sees(tmp_path):
 
 def test_fresh_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve([]) | {"out": None}
-    assert [str(open_folder(config | {"out": str(free_folder(config))})) for _ in range(3)] == ["runs/universal", "runs/universal-2", "runs/universal-3"]
+    config = runs.configure([]) | {"out": None}
+    assert [str(runs.open_folder(config | {"out": str(runs.free_folder(config))})) for _ in range(3)] == ["runs/universal", "runs/universal-2", "runs/universal-3"]
 
 
 def test_presets_and_overrides():
-    assert resolve([])["preset"] == "demo" and resolve([])["batch_size"] == DEMO["batch_size"]
-    paper = resolve(["--data", "pascal=x", "--lam", "2"])
+    assert runs.configure([]).preset == "demo" and runs.configure([]).batch_size == preset("demo").batch_size
+    paper = runs.configure(["--data", "pascal=x", "--lam", "2"])
     wanted = dict(preset="paper", arch="r50", epochs=150, steps=None, lr=1e-4, drop_at=125 / 150, alpha=10, beta=1, lam=2,
                   crop=(512, 512), batch_size=4, size=None, backbone_weights="auto", optimizer="adamw", decay="drop", balance=0,
                   sst_lr_scale=1)
-    assert {key: paper[key] for key in wanted} == wanted
-    small = resolve(["--preset", "small", "--data", "pascal=x", "--steps", "7", "--size", "96x64"])
-    assert (small["steps"], small["epochs"], small["size"], small["arch"]) == (7, None, (96, 64), "small")
+    assert {key: getattr(paper, key) for key in wanted} == wanted
+    small = runs.configure(["--preset", "small", "--data", "pascal=x", "--steps", "7", "--size", "96x64"])
+    assert (small.steps, small.epochs, small.size, small.arch) == (7, None, (96, 64), "small")
 
 
 # Checkpoints that are refused ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
-    model = train.build(BASE, DOMAINS)
+    model = scenarios.build(BASE, DOMAINS)
     path = tmp_path / "model.pt"
     good = checkpoint.model_content(model.net, DOMAINS)
 
