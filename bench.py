@@ -39,7 +39,7 @@ STEPS = {"demo": ("small", 12, 96), "paper": ("r50", 4, 512)}  # network, images
 
 
 def medians(rivals, rounds, calls=1):
-    """{name: seconds}: the median of every rival over `rounds` turns of so many calls; the last one counts."""
+    """{name: seconds}: the median of every rival over `rounds` turns of so many calls; the last counts."""
     times = {name: [] for name in rivals}
     for round in range(rounds + 2):  # two to warm up
         for name, call in rivals.items():

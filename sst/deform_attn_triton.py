@@ -12,6 +12,7 @@ raises, or warns, as the gradient of PyTorch's grid_sample does on CUDA.
 """
 
 import os
+import re
 import warnings
 
 import torch
@@ -21,17 +22,35 @@ from torch import Tensor
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 PLAIN = ["S", "N", "M"]  # of others Triton makes compile-time facts: that they are 1, or multiples of 16
-BROKEN = None
-if torch.cuda.is_available():
+
+
+def too_old(version):
+    """Why the kernels cannot run with this version of Triton, in one sentence, or None."""
+    major_minor = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    if major_minor < [3, 3]:  # it cannot pass a tuple, here `sizes`, to a kernel
+        return (f"the kernels need Triton 3.3 or newer, this is {version}; install PyTorch 2.7 or newer, "
+                f"which brings it")
+
+
+def cannot_launch():
+    """Why Triton cannot launch any kernel on this machine, in one sentence, or None."""
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # for its first launch Triton builds a library; what goes wrong has many types
-        BROKEN = f"Triton cannot launch kernels here ({error}); it needs a C compiler and Python's headers"
+        return f"Triton cannot launch kernels here ({error}); it needs a C compiler and Python's headers"
+
+
+BROKEN = too_old(triton.__version__)
+if torch.cuda.is_available():
+    BROKEN = BROKEN or cannot_launch()
+    if BROKEN:
         warnings.warn(f"deform_attn: {BROKEN}. The slower grid_sample stands in")
 
 
 def refusal(value, locations, weights):
     """Why the kernels cannot take these tensors, in one sentence, or None."""
+    if BROKEN:
+        return BROKEN
     d = value.shape[3]
     if not value.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return (f"it runs on CUDA; these tensors are on {value.device} (TRITON_INTERPRET=1 runs it there, "
@@ -41,7 +60,6 @@ def refusal(value, locations, weights):
                 f"{weights.dtype}")
     if not 1 <= d <= 256 or d & (d - 1):
         return f"a head has {d} channels; it takes a power of two up to 256"
-    return BROKEN
 
 
 @triton.jit

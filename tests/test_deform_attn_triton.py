@@ -16,7 +16,7 @@ from test_deform_attn import by_definition, inputs
 
 from sst.deform_attn import deform_attn
 
-pytest.importorskip("triton", reason="the package triton is not installed; run: pip install triton")
+triton = pytest.importorskip("triton", reason="the package triton is not installed; run: pip install triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile  # noqa: E402
 
@@ -26,8 +26,10 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(),
-                          reason="no GPU; test_in_the_interpreter runs it")
+OLD = deform_attn_triton.too_old(triton.__version__)
+runs = pytest.mark.skipif(bool(OLD) or not INTERPRETED and not torch.cuda.is_available(),
+                          reason=OLD or "no GPU; test_in_the_interpreter runs it")
+new_enough = pytest.mark.skipif(bool(OLD), reason=OLD or "")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 
 SHAPES = [[(4, 4)], [(3, 5), (2, 2)], [(1, 1), (1, 7), (6, 2)]]
@@ -42,6 +44,7 @@ def test_in_the_interpreter():
 
 
 @not_interpreted
+@new_enough
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_compiles_ahead_of_time(dtype, capability, monkeypatch, tmp_path):
@@ -65,8 +68,9 @@ def test_compiles_ahead_of_time(dtype, capability, monkeypatch, tmp_path):
                 signature[name] = (pointers[arg.dtype] if torch.is_tensor(arg) else
                                    "i32" if isinstance(arg, int) else ("fp32",) * len(arg))
             attrs = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if torch.is_tensor(arg)}
-            built.append(compile(ASTSource(self.kernel, signature, constants, attrs),
-                                 target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}))
+            source = ASTSource(self.kernel, signature, constants, attrs)
+            built.append((compile(source, target=GPUTarget("cuda", capability, 32),
+                                  options={"num_warps": num_warps}), constants["ROWS"]))
 
     for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(deform_attn_triton, name, Compile(getattr(deform_attn_triton, name)))
@@ -75,14 +79,53 @@ def test_compiles_ahead_of_time(dtype, capability, monkeypatch, tmp_path):
     out = deform_attn_triton.operator(value.to(dtype), sizes, locations, weights)
     deform_attn_triton.operator_backward(out, value.to(dtype), sizes, locations, weights)
     assert len(built) == 2
-    for kernel in built:
-        assert len(kernel.asm["cubin"]) > 1000
-        assert kernel.metadata.shared == 0  # all in registers
+    for kernel, _ in built:
         ptx = kernel.asm["ptx"]
+        assert len(kernel.asm["cubin"]) > 1000
         assert "ld.global.v4.b32" in ptx or "ld.global.v2.b32" in ptx  # rows by 16 or 8 bytes a thread
+    (forward, _), (backward, rows) = built
+    assert forward.metadata.shared == 0  # all in registers
+    # Triton before 3.5 changes the layout of three sums in shared memory, one after another: a float32 a row.
+    before_3_5 = [int(number) for number in triton.__version__.split(".")[:2]] < [3, 5]
+    assert backward.metadata.shared <= (4 * rows if before_3_5 else 0) and rows == 4
+
+
+TOO_OLD = "the kernels need Triton 3.3 or newer, this is {}; install PyTorch 2.7 or newer, which brings it"
+
+
+@pytest.mark.parametrize("version, old", [("2.3.1", True), ("3.2.0", True), ("3.2.0+git35c6c7c6", True),
+                                          ("3.3", False), ("3.3.0+git", False), ("3.10.1", False)])
+def test_versions_of_triton(version, old):
+    assert deform_attn_triton.too_old(version) == (TOO_OLD.format(version) if old else None)
 
 
 @not_interpreted
+def test_triton_that_is_too_old_is_never_launched():
+    """The version is the only reason to refuse: the interpreter takes these tensors. A launch would fail."""
+    code = """if True:
+        import types, torch, triton
+        triton.__version__ = "3.2.0"
+        torch.cuda.is_available = lambda: True
+        from sst import deform_attn_triton
+        from sst.deform_attn import choose, deform_attn
+        deform_attn_triton.launch = None
+        tensor = types.SimpleNamespace(is_cuda=True, shape=(1, 1, 1, 32), dtype=torch.float32)
+        print("auto:", choose(tensor, tensor, tensor))
+        ones = torch.ones(1, 1, 1, 1, 1, 2)
+        try:
+            deform_attn(ones[0, 0], [(1, 1)], ones, ones[..., 0], backend="triton")
+        except ValueError as error:
+            print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                         env=os.environ | {"TRITON_INTERPRET": "1"})
+    why = TOO_OLD.format("3.2.0")
+    assert run.stdout == f"auto: grid_sample\ndeform_attn: the backend is 'triton'; {why}\n", run.stderr
+    assert run.stderr.count(f"UserWarning: deform_attn: {why}. The slower grid_sample stands in") == 1
+
+
+@not_interpreted
+@new_enough
 def test_triton_that_cannot_launch_is_said_once():
     """Without a GPU there is no driver to launch with; where there is one, let Triton find no compiler."""
     code = """if True:
