@@ -1,13 +1,14 @@
-"""What things cost here: deformable attention by every backend, the whole network, and SST's share of a training step.
+"""What things cost here: deformable attention by every backend, the network, SST's share of a training step.
 
     python bench.py                     all of it; minutes
     python bench.py --only operator     one table: operator, network or step
     python bench.py --json              one object instead of tables
 
-Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from the same run. The packages
-torch-ms-deform-attn (the operator, compiled) and transformers (Mask2Former, SegFormer) are measured beside it where they are installed.
-On a GPU the operator gets 8 images, in float32 and in bfloat16, and its forward's GB/s (inputs read and output written, once each) stand
-beside the rate at which the GPU copies.
+Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from
+the same run. The packages torch-ms-deform-attn (the operator, compiled) and transformers (Mask2Former,
+SegFormer) are measured beside it where they are installed. On a GPU the operator gets 8 images, in float32
+and in bfloat16, and its forward's GB/s (inputs read and output written, once each) stand beside the rate at
+which the GPU copies.
 """
 
 import argparse
@@ -38,7 +39,7 @@ STEPS = {"demo": ("small", 12, 96), "paper": ("r50", 4, 512)}  # network, images
 
 
 def medians(rivals, rounds, calls=1):
-    """{name: seconds}: the median over `rounds` turns of every rival. A turn is so many calls, the last of which counts."""
+    """{name: seconds}: the median of every rival over `rounds` turns of so many calls; the last counts."""
     times = {name: [] for name in rivals}
     for round in range(rounds + 2):  # two to warm up
         for name, call in rivals.items():
@@ -71,11 +72,15 @@ def copy_rate():
 
 
 def operator_inputs(device, dtype=torch.float32):
-    """One image at 512x512, or 8 on a GPU: 5,376 queries, 8 heads of 32 channels, 4 points; places a few pixels around each query."""
+    """One image at 512x512, or 8 on a GPU: 5,376 queries, 8 heads of 32 channels, 4 points.
+
+    Places lie a few pixels around each query. Returns value in dtype, and locations and weights in float32.
+    """
     torch.manual_seed(0)
     B = 8 if device.type == "cuda" else 1
     S = sum(h * w for h, w in PHOTO)
-    grids = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in PHOTO]
+    grids = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+             for h, w in PHOTO]
     centres = torch.cat([torch.stack([x, y], dim=-1).reshape(-1, 2) for y, x in grids])
     locations = centres[None, :, None, None, None] + 0.04 * torch.randn(B, S, 8, 3, 4, 2)
     weights = torch.randn(B, S, 8, 12).softmax(-1).view(B, S, 8, 3, 4)
@@ -84,17 +89,19 @@ def operator_inputs(device, dtype=torch.float32):
 
 
 def operators(device):
-    """{name: function of value, locations, weights} of all backends that run here, and of the peer where it is installed."""
+    """{name: function of value, locations, weights}: backends that run here, and the peer if installed."""
     can_run = {"triton": device.type == "cuda" and find_spec("triton"),
                "embedding_bag": device.type == "cpu", "grid_sample": True}
-    calls = {name: lambda v, l, w, name=name: deform_attn(v, PHOTO, l, w, backend=name) for name in can_run if can_run[name]}
+    calls = {name: lambda v, l, w, name=name: deform_attn(v, PHOTO, l, w, backend=name)
+             for name in can_run if can_run[name]}
     try:
         from torch_ms_deform_attn import ms_deform_attn
     except ImportError:
         return calls
     shapes = torch.tensor(PHOTO, device=device)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-    calls[PEER] = lambda v, l, w: ms_deform_attn(v.float(), shapes, starts, l, w).to(v.dtype)  # as under autocast: float32 inside
+    # As under autocast: float32 inside.
+    calls[PEER] = lambda v, l, w: ms_deform_attn(v.float(), shapes, starts, l, w).to(v.dtype)
     return calls
 
 
@@ -107,7 +114,8 @@ def bench_operator(device, rounds):
         calls = operators(device)
         eager = list(calls)
         if device.type == "cpu" and not compiler_fault(device):
-            calls |= {f"{name}, {COMPILED}": torch.compile(call, dynamic=False) for name, call in calls.items() if name != PEER}
+            calls |= {f"{name}, {COMPILED}": torch.compile(calls[name], dynamic=False)
+                      for name in eager if name != PEER}
 
         def forward(call):
             with torch.no_grad():
@@ -117,13 +125,15 @@ def bench_operator(device, rounds):
             torch.autograd.grad(call(*tensors), tensors, G)
 
         for what, run in (("forward", forward), ("forward + backward", both)):
-            # The second call of a turn counts: the first pays for the memory that the rival before it has given back to the system.
+            # The second call of a turn counts: the first pays for the memory that the rival before it has
+            # given back to the system.
             rivals = {name: (lambda call=call: run(call)) for name, call in calls.items()}
             for name, taken in medians(rivals, rounds, calls=2).items():
                 result.setdefault(f"{name}, {dtype}", {})[f"{what} ms"] = 1000 * taken
         for name in calls:
             row = result[f"{name}, {dtype}"]
-            row["peak MiB"] = peak_memory(name, dtype) if name in eager else None  # a fresh process would count the compiler's memory
+            # A fresh process would count the compiler's memory.
+            row["peak MiB"] = peak_memory(name, dtype) if name in eager else None
             if device.type == "cuda":
                 row["forward GB/s"] = sum(t.nbytes for t in (*tensors, out)) / row["forward ms"] / 1e6
     return result
@@ -132,7 +142,8 @@ def bench_operator(device, rounds):
 def peak_memory(name, dtype):
     """MiB that forward and backward of an operator add to a fresh process."""
     code = f"import bench; bench.one_pass({name!r}, {dtype!r})"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(run.stdout)
 
 
 def one_pass(name, dtype):
@@ -158,7 +169,8 @@ def bench_network(device, rounds):
     image = torch.rand(1, 3, SIDE, SIDE, device=device)
     ours = image.to(memory_format=torch.channels_last)
     label = torch.zeros(1, SIDE, SIDE, dtype=torch.int64, device=device)
-    nets = {arch: ParsingNet(domains, arch).to(device, memory_format=torch.channels_last) for arch in NETWORKS}
+    nets = {arch: ParsingNet(domains, arch).to(device, memory_format=torch.channels_last)
+            for arch in NETWORKS}
     others = {name: net.to(device).eval() for name, net in peers().items()}
 
     @torch.no_grad()
@@ -174,29 +186,36 @@ def bench_network(device, rounds):
         name: lambda net=net: infer(net, image) for name, net in others.items()}
     result = {name: {"inference ms": 1000 * seconds} for name, seconds in medians(inference, rounds).items()}
     steps = medians({name: lambda net=net: train(net) for name, net in nets.items()}, rounds)
-    return {name: row | {"training step ms": 1000 * steps[name] if name in steps else None} for name, row in result.items()}
+    return {name: row | {"training step ms": 1000 * steps[name] if name in steps else None}
+            for name, row in result.items()}
 
 
 def peers():
-    """Mask2Former with a ResNet-50 and SegFormer-B2 with random weights, from transformers where it is installed."""
+    """Mask2Former with a ResNet-50 and SegFormer-B2, random weights; from transformers, if installed."""
     try:
         import transformers as t
     except ImportError:
         return {}
     t.logging.set_verbosity_error()
     resnet = t.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    b2 = t.SegformerConfig(depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768, num_labels=20)
-    return {"Mask2Former-R50 (transformers)": t.Mask2FormerForUniversalSegmentation(t.Mask2FormerConfig(backbone_config=resnet)),
+    b2 = t.SegformerConfig(depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768,
+                           num_labels=20)
+    mask2former = t.Mask2FormerForUniversalSegmentation(t.Mask2FormerConfig(backbone_config=resnet))
+    return {"Mask2Former-R50 (transformers)": mask2former,
             "SegFormer-B2 (transformers)": t.SegformerForSemanticSegmentation(b2)}
 
 
 def bench_step(device, rounds):
-    """A training step of one micro-batch, optimiser and all, without SST (the Multi-datasets baseline) and with it, three domains."""
+    """A training step of one micro-batch of three domains, optimiser and all, without SST and with it.
+
+    Without SST it is the Multi-datasets baseline.
+    """
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
     result = {}
     for preset, (arch, B, side) in STEPS.items():
         images = torch.randint(0, 256, (B, 3, side, side), device=device, dtype=torch.uint8)
-        labels = torch.randint(0, 7, (B, side // 32, side // 32), device=device).repeat_interleave(32, 1).repeat_interleave(32, 2)
+        labels = torch.randint(0, 7, (B, side // 32, side // 32), device=device)
+        labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
         domain = sorted(k % 3 for k in range(B))
 
         def step(model, optimizer, config):
@@ -212,7 +231,8 @@ def bench_step(device, rounds):
             model = build(config, domains).to(device, memory_format=torch.channels_last).train()
             variants[name] = partial(step, model, build_optimizer(model, config), config)
         times = medians(variants, rounds)
-        result[f"{preset}: {arch}, {B} x {side}x{side}"] = {name: 1000 * seconds for name, seconds in times.items()} | {
+        row = {name: 1000 * seconds for name, seconds in times.items()}
+        result[f"{preset}: {arch}, {B} x {side}x{side}"] = row | {
             "ratio": times["with SST ms"] / times["without SST ms"]}
     return result
 
@@ -221,12 +241,14 @@ def table(title, rows):
     columns = list(next(iter(rows.values())))
     lines = [f"\n{title:<44}" + "".join(f"{column:>24}" for column in columns)]
     for name, row in rows.items():
-        lines.append(f"{name:<44}" + "".join(" " * 23 + "-" if row[column] is None else f"{row[column]:>24.2f}" for column in columns))
+        cells = (" " * 23 + "-" if row[column] is None else f"{row[column]:>24.2f}" for column in columns)
+        lines.append(f"{name:<44}" + "".join(cells))
     return "\n".join(lines)
 
 
 def main():
-    p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description=__doc__)
     p.add_argument("--only", choices=["operator", "network", "step"], help="one table")
     p.add_argument("--rounds", type=int, default=9, help="turns whose median is taken (9)")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
@@ -235,7 +257,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    about = {"torch": torch.__version__,
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
              "threads": torch.get_num_threads()}
     if device.type == "cuda":
         about["copy GB/s"] = round(copy_rate())
@@ -245,7 +268,8 @@ def main():
             results[name] = bench(device, args.rounds)
             if not args.json:
                 print(table(name, results[name]), flush=True)
-    print(json.dumps(results, indent=1) if args.json else "\n" + "  ".join(f"{key} {value}" for key, value in about.items()))
+    print(json.dumps(results, indent=1) if args.json else
+          "\n" + "  ".join(f"{key} {value}" for key, value in about.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Deformable attention against its definition: a loop over queries, heads, levels, points and the four pixels."""
+"""Deformable attention against its definition: a loop over queries, heads, levels, points and four pixels."""
 
 import math
 import sys
@@ -27,13 +27,15 @@ def by_definition(value, shapes, locations, weights):
                 first = 0
                 for l, (h, w) in enumerate(shapes):
                     for p in range(P):
-                        x, y = locations[b, q, m, l, p] * torch.tensor([w, h]) - 0.5  # in pixels, centres at integers
+                        # in pixels, centres at integers
+                        x, y = locations[b, q, m, l, p] * torch.tensor([w, h]) - 0.5
                         top, left = math.floor(y.item()), math.floor(x.item())
                         for i in (top, top + 1):
                             for j in (left, left + 1):
                                 if 0 <= i < h and 0 <= j < w:
                                     share = (1 - abs(y - i)) * (1 - abs(x - j))
-                                    out[b, q, m] += weights[b, q, m, l, p] * share * value[b, first + i * w + j, m]
+                                    pixel = value[b, first + i * w + j, m]
+                                    out[b, q, m] += weights[b, q, m, l, p] * share * pixel
                     first += h * w
     return out.reshape(B, Q, M * d)
 
@@ -54,7 +56,7 @@ def test_equals_the_definition(shapes):
 
 
 def test_by_hand_on_one_row_of_pixels():
-    # One level of 1 x 2 pixels with values 10 and 20; place 0.5 is half-way between the centres 0.25 and 0.75.
+    # A level of 1 x 2 pixels with values 10 and 20; place 0.5 is half-way between the centres 0.25 and 0.75.
     value = torch.tensor([10.0, 20.0]).view(1, 2, 1, 1)
     places = torch.tensor([[0.25, 0.5], [0.5, 0.5], [0.0, 0.5], [1.5, 0.5]]).view(1, 4, 1, 1, 1, 2)
     out = deform_attn(value, [(1, 2)], places, torch.ones(1, 4, 1, 1, 1))
@@ -82,34 +84,38 @@ def test_bfloat16_values_do_not_move_the_places():
     rounded = value.bfloat16()
     out = deform_attn(rounded, shapes, locations, weights)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), deform_attn(rounded.float(), shapes, locations, weights), rtol=1e-2, atol=1e-2)
+    exact = deform_attn(rounded.float(), shapes, locations, weights)
+    torch.testing.assert_close(out.float(), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_shapes_that_do_not_fit_are_named():
     value, shapes, locations, weights = inputs([(3, 4)])
-    for bad in ((value, [(3, 3)], locations, weights), (value, shapes, locations, weights[..., :1]), (value, shapes * 2, locations, weights)):
+    for bad in ((value, [(3, 3)], locations, weights), (value, shapes, locations, weights[..., :1]),
+                (value, shapes * 2, locations, weights)):
         with pytest.raises(ValueError, match="do not fit"):
             deform_attn(*bad)
 
 
 def test_places_on_centres_edges_and_corners_of_the_frame():
-    """Exactly on a centre, on the outer edge, and one pixel beyond it, where the last pixel's share has just vanished."""
+    """On a centre, on the outer edge, and one pixel beyond it, where no share of the last pixel is left."""
     shapes = [(2, 3), (1, 1)]
     value = inputs(shapes)[0][:, :, :1]
-    ticks = torch.tensor([-1.0, -1 / 3, -1 / 6, 0, 1 / 6, 0.5, 5 / 6, 1, 7 / 6, 4 / 3, 9], dtype=torch.float64)
+    ticks = [-1.0, -1 / 3, -1 / 6, 0, 1 / 6, 0.5, 5 / 6, 1, 7 / 6, 4 / 3, 9]
+    ticks = torch.tensor(ticks, dtype=torch.float64)
     places = torch.cartesian_prod(ticks, ticks)[None, :, None, None, None].expand(2, -1, 1, 2, 1, 2)
-    weights = torch.ones(2, len(ticks) ** 2, 1, 2, 1, dtype=torch.float64)
-    torch.testing.assert_close(deform_attn(value, shapes, places, weights), by_definition(value, shapes, places, weights))
+    args = value, shapes, places, torch.ones(2, len(ticks) ** 2, 1, 2, 1, dtype=torch.float64)
+    torch.testing.assert_close(deform_attn(*args), by_definition(*args))
 
 
 def test_gradients_of_some_inputs_equal_those_of_all():
     value, shapes, locations, weights = inputs([(5, 4), (2, 3)])
     g = torch.randn(2, 5, 6, dtype=torch.float64)
-    every = torch.autograd.grad(deform_attn(*(t.requires_grad_() if torch.is_tensor(t) else t for t in (value, shapes, locations, weights))),
-                                (value, locations, weights), g)
-    for k, t in enumerate((value, locations, weights)):
-        args = [x.detach().requires_grad_(x is t) for x in (value, locations, weights)]
-        torch.testing.assert_close(torch.autograd.grad(deform_attn(args[0], shapes, *args[1:]), args[k], g)[0], every[k])
+    tensors = [t.requires_grad_() for t in (value, locations, weights)]
+    every = torch.autograd.grad(deform_attn(value, shapes, locations, weights), tensors, g)
+    for k, t in enumerate(tensors):
+        args = [x.detach().requires_grad_(x is t) for x in tensors]
+        out = deform_attn(args[0], shapes, *args[1:])
+        torch.testing.assert_close(torch.autograd.grad(out, args[k], g)[0], every[k])
 
 
 def test_a_place_that_is_not_a_number_breaks_nothing_else():
@@ -123,7 +129,8 @@ def test_a_place_that_is_not_a_number_breaks_nothing_else():
 
 
 def test_the_bodies_agree_in_float32_at_the_size_of_a_photo(backend):
-    value, shapes, locations, weights = inputs([(32, 24), (16, 12), (8, 6)], Q=1008, M=4, d=8, P=4, dtype=torch.float32)
+    levels = [(32, 24), (16, 12), (8, 6)]
+    value, shapes, locations, weights = inputs(levels, Q=1008, M=4, d=8, P=4, dtype=torch.float32)
     g = torch.randn(2, 1008, 32)
     results = []
     for name in (backend, "grid_sample"):
@@ -135,7 +142,8 @@ def test_the_bodies_agree_in_float32_at_the_size_of_a_photo(backend):
 
 
 def test_a_backend_that_is_none_is_named():
-    with pytest.raises(ValueError, match="the backend is 'cuda'; it is one of auto, triton, embedding_bag, grid_sample"):
+    sentence = "the backend is 'cuda'; it is one of auto, triton, embedding_bag, grid_sample"
+    with pytest.raises(ValueError, match=sentence):
         deform_attn(*inputs([(3, 4)]), backend="cuda")
 
 
@@ -153,7 +161,8 @@ def test_auto_on_a_gpu_is_triton_where_it_can_run(monkeypatch):
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sst.deform_attn_triton", None)  # as if the package were missing
-    with pytest.raises(ImportError, match="'triton' needs the package triton, which is not installed; run: pip install triton"):
+    sentence = "'triton' needs the package triton, which is not installed; run: pip install triton"
+    with pytest.raises(ImportError, match=sentence):
         deform_attn(*inputs([(3, 4)]), backend="triton")
 
 
