@@ -36,8 +36,8 @@ def export(net, domains, path):
     except ImportError as error:
         raise InputError(f"--export needs the package {error.name}, which is not installed; run: pip install "
                          f"onnx onnxscript") from None
-    # Padded at every stage of the decoder, so that the traced network has the masks of padding. They do
-    # nothing where there is none.
+    # At this size windows are padded at every stage where they can be: the traced network has the masks of
+    # padding. They do nothing where there is none.
     side = 16 * net.arch.window + 1
     images = torch.zeros(2, 3, side, side + 32)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here uses

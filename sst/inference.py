@@ -52,69 +52,6 @@ def resized(A, size):
     return F.interpolate(A[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def label_map(A, h, w):
-    """Logits (Z, H, W) -> (h, w) uint8: the argmax of `resized`, taken in strips of rows.
-
-    All logits of a photo of 40 megapixels would be gigabytes.
-    """
-    Z, H, _ = A.shape
-    label = torch.empty(h, w, dtype=torch.uint8, device=A.device)
-    rows = max(1, STRIP // (Z * w))
-    for top in range(0, h, rows):
-        y = ((torch.arange(top, min(top + rows, h), device=A.device) + 0.5) * (H / h) - 0.5).clamp(min=0)
-        above = y.long()
-        below = (above + 1).clamp(max=H - 1)
-        t = (y - above)[:, None]
-        strip = (1 - t) * A[:, above] + t * A[:, below]  # (Z, rows, W)
-        label[top:top + rows] = resized(strip, (len(y), w)).max(0).indices  # argmax takes three times as long
-    return label.cpu().numpy()
-
-
-class Parser:
-    """A trained human parser: a photo in, a label map of each of its label domains out.
-
-    path: a run folder, whose model.pt is read, or a model.pt or best.pt.
-    size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
-    max_side: the photo's own size instead, shrunk to at most that many pixels on its longer side.
-    With neither, it is the size that a config.json beside the file names, else max_side 1024.
-    `domains` is {name: LabelDomain}. Raises InputError.
-    """
-
-    def __init__(self, path, size=None, max_side=None):
-        if size is not None and max_side is not None:
-            raise InputError(f"size {size} and max_side {max_side}: give one of them")
-        path = Path(path)
-        path = path / "model.pt" if path.is_dir() else path
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        net, domains = load_model(path)
-        self.net = net.to(device)
-        self.domains = {domain.name: domain for domain in domains}
-        if size is None and max_side is None:
-            size = trained_size(path)
-        self.size = None if size is None else checked_size(size)
-        self.max_side = max_side or MAX_SIDE
-
-    def __call__(self, image):
-        """A path, a PIL image or an array (h, w, 3) uint8 RGB -> {domain: (h, w) uint8 class ids}.
-
-        The label maps have the photo's own size. The EXIF rotation of a file or PIL image is carried out:
-        photo and label maps are upright, as viewers show the photo. Raises InputError for what is no photo.
-        """
-        image = pixels(image)
-        h, w = image.shape[:2]
-        scale = min(1, self.max_side / max(h, w))
-        size = self.size or (max(1, round(h * scale)), max(1, round(w * scale)))
-        return {name: label_map(A, h, w) for name, A in canvas_logits(self.net, image, size).items()}
-
-
-def checked_size(size):
-    """(H, W) as a tuple; raises InputError for anything else."""
-    sides = size if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
-        raise InputError(f"size is {size!r}; it must be height and width in pixels, such as (512, 384)")
-    return tuple(size)
-
-
 @torch.no_grad()
 def averaged_logits(net, image, size=None, domains=None, scales=(1.0,), flips=None, average="logits"):
     """Test-time averaging: image (h, w, 3) uint8 RGB -> {domain: (Z, h, w) float32}, the mean over all views.
@@ -174,3 +111,66 @@ def samples(net, datasets, size=None, count=3):
                 break
         chosen.append((dataset.domain, triples))
     return chosen
+
+
+class Parser:
+    """A trained human parser: a photo in, a label map of each of its label domains out.
+
+    path: a run folder, whose model.pt is read, or a model.pt or best.pt.
+    size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
+    max_side: the photo's own size instead, shrunk to at most that many pixels on its longer side.
+    With neither, it is the size that a config.json beside the file names, else max_side 1024.
+    `domains` is {name: LabelDomain}. Raises InputError.
+    """
+
+    def __init__(self, path, size=None, max_side=None):
+        if size is not None and max_side is not None:
+            raise InputError(f"size {size} and max_side {max_side}: give one of them")
+        path = Path(path)
+        path = path / "model.pt" if path.is_dir() else path
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        net, domains = load_model(path)
+        self.net = net.to(device)
+        self.domains = {domain.name: domain for domain in domains}
+        if size is None and max_side is None:
+            size = trained_size(path)
+        self.size = None if size is None else checked_size(size)
+        self.max_side = max_side or MAX_SIDE
+
+    def __call__(self, image):
+        """A path, a PIL image or an array (h, w, 3) uint8 RGB -> {domain: (h, w) uint8 class ids}.
+
+        The label maps have the photo's own size. The EXIF rotation of a file or PIL image is carried out:
+        photo and label maps are upright, as viewers show the photo. Raises InputError for what is no photo.
+        """
+        image = pixels(image)
+        h, w = image.shape[:2]
+        scale = min(1, self.max_side / max(h, w))
+        size = self.size or (max(1, round(h * scale)), max(1, round(w * scale)))
+        return {name: label_map(A, h, w) for name, A in canvas_logits(self.net, image, size).items()}
+
+
+def label_map(A, h, w):
+    """Logits (Z, H, W) -> (h, w) uint8: the argmax of `resized`, taken in strips of rows.
+
+    All logits of a photo of 40 megapixels would be gigabytes.
+    """
+    Z, H, _ = A.shape
+    label = torch.empty(h, w, dtype=torch.uint8, device=A.device)
+    rows = max(1, STRIP // (Z * w))
+    for top in range(0, h, rows):
+        y = ((torch.arange(top, min(top + rows, h), device=A.device) + 0.5) * (H / h) - 0.5).clamp(min=0)
+        above = y.long()
+        below = (above + 1).clamp(max=H - 1)
+        t = (y - above)[:, None]
+        strip = (1 - t) * A[:, above] + t * A[:, below]  # (Z, rows, W)
+        label[top:top + rows] = resized(strip, (len(y), w)).max(0).indices  # argmax takes three times as long
+    return label.cpu().numpy()
+
+
+def checked_size(size):
+    """(H, W) as a tuple; raises InputError for anything else."""
+    sides = size if isinstance(size, (list, tuple)) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise InputError(f"size is {size!r}; it must be height and width in pixels, such as (512, 384)")
+    return tuple(size)

@@ -243,7 +243,8 @@ class ParsingNet(nn.Module):
         for stage, lateral in zip(self.decoder, (e16, e8, c4)):
             x = stage(x, lateral)
             maps.append(x)
-        return [H_l[:, :, :-(-H // s), :-(-W // s)] for H_l, s in zip(maps, (16, 8, 4))]
+        # Rounded up without a negative number, which ONNX would round towards zero.
+        return [H_l[:, :, :(H + s - 1) // s, :(W + s - 1) // s] for H_l, s in zip(maps, (16, 8, 4))]
 
     def forward(self, images, domains=None):
         """images (B, 3, H, W), RGB in [0, 1] -> {domain: logits (B, Z, H, W)} of those domains, or of all."""

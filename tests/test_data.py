@@ -1,7 +1,9 @@
 """The layouts of datasets, and what is said of files that cannot be used."""
 
 import json
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +20,11 @@ LAYOUTS = {  # images, labels, list, as published; the split is train
     "cihp": ("Images", "Category_ids", "lists/train_id.txt"),
     "lip": ("train_images", "train_segmentations", "train_id.txt"),
 }
+
+
+SCIPY = "MATLAB files need scipy; .ci/run installs it for this"
+OWN = ("images", "labels", "train_id.txt")  # of a domain.json that says nothing of them
+SHARED = ("../photos", "labels", "lists/t.txt")
 
 
 def write(root, images, labels, listed, ids=("a", "b.1"), top=3, palette=False):
@@ -63,40 +70,43 @@ def test_cihp_as_downloaded(tmp_path):
 
 
 def test_own_dataset_by_folder_and_by_file(tmp_path):
-    write(own(tmp_path / "d"), "images", "labels", "train_id.txt")
+    write(own(tmp_path / "d"), *OWN)
     for path in (tmp_path / "d", tmp_path / "d" / "domain.json"):
         dataset = open_dataset("any-name", path)
         assert dataset.domain.name == "any-name" and dataset.domain.classes[1] == "hat" and len(dataset) == 2
 
 
 def test_two_domains_may_share_a_photo_folder(tmp_path):
-    write(own(tmp_path / "one", images="../photos", train="lists/t.txt"), "../photos", "labels", "lists/t.txt")
+    write(own(tmp_path / "one", images="../photos", train="lists/t.txt"), *SHARED)
     (tmp_path / "one" / "labels").rename(tmp_path / "labels-two")
-    write(own(tmp_path / "one", images="../photos", train="lists/t.txt"), "../photos", "labels", "lists/t.txt")
+    write(own(tmp_path / "one", images="../photos", train="lists/t.txt"), *SHARED)
     own(tmp_path / "two", images="../photos", labels="../labels-two", train="../one/lists/t.txt")
     a, b = open_datasets([f"a={tmp_path / 'one'}", f"b={tmp_path / 'two'}"], "train")
     assert [p.resolve() for p in a.images] == [p.resolve() for p in b.images] and a.labels != b.labels
 
 
 def test_label_map_translates_raw_labels(tmp_path):
-    root = write(own(tmp_path / "d", label_map={"background": [0], "hat": [2, 3], "shoe": [1], "bag": []}), "images", "labels", "train_id.txt")
+    label_map = {"background": [0], "hat": [2, 3], "shoe": [1], "bag": []}
+    root = write(own(tmp_path / "d", label_map=label_map), *OWN)
     label = open_dataset("mine", root).load(0)[1]
     assert (label == np.array([0, 2, 1, 1])[np.arange(24).reshape(4, 6) % 4]).all()
 
 
 def test_255_is_ignored_whatever_the_domain_says(tmp_path):
-    root = write(own(tmp_path / "d", label_map={"background": [0], "hat": [2], "shoe": [1], "bag": [3]}), "images", "labels", "train_id.txt")
+    label_map = {"background": [0], "hat": [2], "shoe": [1], "bag": [3]}
+    root = write(own(tmp_path / "d", label_map=label_map), *OWN)
     Image.fromarray(np.full((4, 6), 255, np.uint8)).save(root / "labels" / "a.png")
     assert (open_dataset("mine", root).load(0)[1] == 255).all()
 
 
 def ccp(root, tags=("null", "hair", "skin", "t-shirt")):
     """Clothing Co-Parsing as its repository comes, with few tags; `groundtruth` holds 0..3."""
-    scipy_io = pytest.importorskip("scipy.io", reason="MATLAB files need scipy; .ci/run installs it for this")
+    scipy_io = pytest.importorskip("scipy.io", reason=SCIPY)
     write(root, "photos", "unused", None, ids=("0001", "0002"))
     (root / "annotations/pixel-level").mkdir(parents=True)
+    label = (np.arange(24).reshape(4, 6) % 4).astype(np.uint8)
     for id in ("0001", "0002"):
-        scipy_io.savemat(root / f"annotations/pixel-level/{id}.mat", {"groundtruth": (np.arange(24).reshape(4, 6) % 4).astype(np.uint8)})
+        scipy_io.savemat(root / f"annotations/pixel-level/{id}.mat", {"groundtruth": label})
     scipy_io.savemat(root / "label_list.mat", {"label_list": np.array([list(tags)], dtype=object)})
     (root / "train_id.txt").write_text("0001\n0002\n")
     return root
@@ -111,7 +121,7 @@ def test_clothing_co_parsing_tags_become_classes(tmp_path):
 
 
 def test_a_missing_scipy_is_named_before_anything_is_read(tmp_path, monkeypatch):
-    own(write(tmp_path, "images", "labels", "train_id.txt"))
+    own(write(tmp_path, *OWN))
     for file in list((tmp_path / "labels").iterdir()):
         file.rename(file.with_suffix(".mat"))
     monkeypatch.setitem(sys.modules, "scipy.io", None)
@@ -137,7 +147,7 @@ def test_builtin_clothing_co_parsing_uses_the_committed_lists(tmp_path):
     assert [path.stem for path in open_dataset("ccp-coarse", tmp_path).images] == ids
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------------
 
 
 def pascal(tmp_path):
@@ -154,11 +164,13 @@ def says(message, action):
 
 def test_missing_folder_list_or_part_of_a_layout(tmp_path):
     says("pascal=nowhere: no such folder", lambda: open_dataset("pascal", "nowhere"))
-    says("found no JPEGImages folder there; a pascal folder holds JPEGImages/ with SegmentationPart/", lambda: open_dataset("pascal", tmp_path))
+    says("found no JPEGImages folder there; a pascal folder holds JPEGImages/ with SegmentationPart/",
+         lambda: open_dataset("pascal", tmp_path))
     root = pascal(tmp_path)
     says("list/val_id.txt: the list of ids is not readable (", lambda: open_dataset("pascal", root, "val"))
     (root / "SegmentationPart").rename(root / "gone")
-    says("SegmentationPart: no such folder; the label maps of domain 'pascal'", lambda: open_dataset("pascal", root))
+    says("SegmentationPart: no such folder; the label maps of domain 'pascal'",
+         lambda: open_dataset("pascal", root))
 
 
 def test_an_id_without_image_or_label(tmp_path):
@@ -180,7 +192,8 @@ def test_an_empty_list(tmp_path):
 
 def test_the_same_domain_twice_an_unknown_one_and_no_path(tmp_path):
     root = pascal(tmp_path)
-    says("label domain 'pascal' is given twice", lambda: open_datasets([f"pascal={root}", f"pascal={root}"], "train"))
+    says("label domain 'pascal' is given twice",
+         lambda: open_datasets([f"pascal={root}", f"pascal={root}"], "train"))
     says("unknown label domain 'coco'; built in are", lambda: open_datasets([f"coco={root}"], "train"))
     says("write NAME=PATH", lambda: open_datasets(["pascal"], "train"))
 
@@ -194,27 +207,32 @@ def test_sizes_that_differ(tmp_path):
 def test_an_rgb_label(tmp_path):
     root = pascal(tmp_path)
     Image.new("RGB", (6, 4)).save(root / "SegmentationPart/a.png")
-    says("a.png: a label map of colour mode RGB; label maps are single-channel", lambda: open_dataset("pascal", root).load(0))
+    says("a.png: a label map of colour mode RGB; label maps are single-channel",
+         lambda: open_dataset("pascal", root).load(0))
+
+
+def chunk(kind, data):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def test_a_grey_label_of_few_bits_is_not_stretched_silently(tmp_path):
-    import struct
-    import zlib
     root = pascal(tmp_path)
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = b"".join(b"\0" + bytes([0x01, 0x23, 0x10]) for _ in range(4))  # 6 x 4 pixels of 4 bits
-    (root / "SegmentationPart/a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 4, 4, 0, 0, 0, 0))
-                                                  + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    header = struct.pack(">IIBBBBB", 6, 4, 4, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (root / "SegmentationPart/a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     says("a.png: a grey PNG of 4 bits", lambda: open_dataset("pascal", root).load(0))
 
 
 def test_a_domain_json_in_the_folder_of_a_builtin_domain(tmp_path):
     own(pascal(tmp_path))
-    says("describes 'mine' with other classes than the built-in pascal; give it a name of its own: mine=", lambda: open_dataset("pascal", tmp_path))
+    says("describes 'mine' with other classes than the built-in pascal; give it a name of its own: mine=",
+         lambda: open_dataset("pascal", tmp_path))
 
 
 def test_a_mat_label_that_is_no_label_map(tmp_path):
-    savemat = pytest.importorskip("scipy.io", reason="MATLAB files need scipy; .ci/run installs it for this").savemat
+    savemat = pytest.importorskip("scipy.io", reason=SCIPY).savemat
     root = ccp(tmp_path)
     own(root, labels="annotations/pixel-level", images="photos", classes=["background", "head"],
         label_map={"background": ["null"], "head": ["hair", "skin", "t-shirt"]})
@@ -227,9 +245,12 @@ def test_a_mat_label_that_is_no_label_map(tmp_path):
 
 def test_a_class_id_outside_the_domain(tmp_path):
     root = write(tmp_path, *LAYOUTS["pascal"], top=7)
-    says("a.png: class id 7 found; domain 'pascal' has ids 0 to 6, and 255 for ignored", lambda: open_dataset("pascal", root).load(0))
-    root = write(own(tmp_path / "d", label_map={"background": [0], "hat": [2], "shoe": [1], "bag": []}), "images", "labels", "train_id.txt")
-    says("raw label 3 found, which label_map of domain 'mine' puts in no class; mapped are 0, 1, 2", lambda: open_dataset("mine", root).load(0))
+    says("a.png: class id 7 found; domain 'pascal' has ids 0 to 6, and 255 for ignored",
+         lambda: open_dataset("pascal", root).load(0))
+    label_map = {"background": [0], "hat": [2], "shoe": [1], "bag": []}
+    root = write(own(tmp_path / "d", label_map=label_map), *OWN)
+    says("raw label 3 found, which label_map of domain 'mine' puts in no class; mapped are 0, 1, 2",
+         lambda: open_dataset("mine", root).load(0))
 
 
 def test_broken_photos_and_labels(tmp_path):

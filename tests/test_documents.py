@@ -1,4 +1,4 @@
-"""The documents: every command is one that the programs accept, every link leads to a file, and every run of reproduce.md is made there."""
+"""The documents: commands are accepted, links lead to files, reproduce.md makes the runs that it uses."""
 
 import re
 import shlex
@@ -17,10 +17,11 @@ ON_OFF = {"&&", "||", ";", "|", ">", "2>"}
 
 
 def commands(text):
-    """Argument lists [program, flag, ...] of the commands in a document: lines of its code blocks, and code within its text."""
+    """Argument lists [program, flag, ...] of a document's commands, in its code blocks and in its text."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
-    inline = re.findall(r"`((?:python3?|torchrun) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
-    for line in [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *(" ".join(code.split()) for code in inline)]:
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    inline = [" ".join(code.split()) for code in re.findall(r"`((?:python3?|torchrun) [^`]+)`", prose)]
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines() + inline:
         if not any(program in line for program in PROGRAMS):
             continue
         words, command = shlex.split(line, comments=True), None
@@ -36,7 +37,7 @@ def commands(text):
 
 
 def accept(command, monkeypatch):
-    """Parse a command as its program does. Checkpoints that it starts from are not there, so they are made up."""
+    """Parse a command as its program does. The checkpoints that it starts from are made up."""
     program, *flags = command
     if "--help" in flags:
         return
@@ -94,14 +95,17 @@ def test_every_run_of_reproduce_is_made_once_and_before_it_is_used():
 # The checks themselves
 
 def test_commands_are_found_in_blocks_and_in_text():
-    text = ("see `python train.py --mode universal` or `--beta 0`\n```\n# a comment: train.py\npip install x && python -m pytest\n"
-            "torchrun --nproc_per_node=8 train.py \\\n    --data a=DIR ...   # why\npython evaluate.py runs/a --json > scores.json\n```\n")
+    text = ("see `python train.py --mode universal` or `--beta 0`\n```\n# a comment: train.py\n"
+            "pip install x && python -m pytest\n"
+            "torchrun --nproc_per_node=8 train.py \\\n    --data a=DIR ...   # why\n"
+            "python evaluate.py runs/a --json > scores.json\n```\n")
     assert list(commands(text)) == [["train.py", "--data", "a=DIR"], ["evaluate.py", "runs/a", "--json"],
                                     ["train.py", "--mode", "universal"]]
 
 
-@pytest.mark.parametrize("command", ["train.py --moed universal", "train.py --mode dedicated --data pascal=DIR", "evaluate.py",
-                                     "predict.py runs/a --size 3", "train.py --source-checkpoint RUN --target pascal=DIR"])
+@pytest.mark.parametrize("command", [
+    "train.py --moed universal", "train.py --mode dedicated --data pascal=DIR", "evaluate.py",
+    "predict.py runs/a --size 3", "train.py --source-checkpoint RUN --target pascal=DIR"])
 def test_a_wrong_command_is_refused(command, monkeypatch, capsys):
     with pytest.raises((SystemExit, ValueError)):
         accept(command.split(), monkeypatch)

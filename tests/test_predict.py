@@ -1,4 +1,4 @@
-"""predict.py and sst.load: label maps at the photo's size, files that cannot overwrite each other, and what is refused."""
+"""predict.py and sst.load: label maps at the photo's size, files that overwrite no other, what is refused."""
 
 import json
 import subprocess
@@ -55,19 +55,21 @@ def files(folder):
 
 
 def results(*names):
-    return sorted(f"{name}{ending}" for name in names
-                  for ending in (".all.jpg", ".mine.overlay.jpg", ".mine.png", ".pascal.overlay.jpg", ".pascal.png"))
+    endings = (".all.jpg", ".mine.overlay.jpg", ".mine.png", ".pascal.overlay.jpg", ".pascal.png")
+    return sorted(f"{name}{ending}" for name in names for ending in endings)
 
 
-# In Python -------------------------------------------------------------------------------------------------------------------
+# In Python ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)), ({"max_side": 50}, (30, 50))])
+@pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)),
+                                           ({"max_side": 50}, (30, 50))])
 def test_label_maps_are_the_classes_of_the_logits_that_validation_scores(model, options, size):
     image = photo(60, 100)
     parser = sst.load(model, **options)
     masks = parser(image)
-    assert list(masks) == list(parser.domains) == ["pascal", "mine"] and parser.domains["mine"].classes == DOMAINS[1].classes
+    assert list(masks) == list(parser.domains) == ["pascal", "mine"]
+    assert parser.domains["mine"].classes == DOMAINS[1].classes
     for name, logits in photo_logits(parser.net, image, size).items():
         assert masks[name].shape == (60, 100) and masks[name].dtype == np.uint8
         assert (masks[name] == logits.argmax(0).numpy()).all() and len(np.unique(masks[name])) > 1
@@ -125,8 +127,10 @@ def test_photos_of_a_few_pixels(model, h, w):
 
 @pytest.mark.parametrize("image, message", [
     (np.zeros((4, 5, 3), np.float32), r"shape \(4, 5, 3\), float32; give \(h, w, 3\) uint8"),
-    (np.zeros((4, 5), np.uint8), r"shape \(4, 5\), uint8"), (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
-    (torch.zeros(3, 4, 5), "of type Tensor; give a path"), ("none.jpg", "none.jpg: not a readable photo .*No such file"),
+    (np.zeros((4, 5), np.uint8), r"shape \(4, 5\), uint8"),
+    (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
+    (torch.zeros(3, 4, 5), "of type Tensor; give a path"),
+    ("none.jpg", "none.jpg: not a readable photo .*No such file"),
 ])
 def test_what_is_no_photo_is_refused(model, image, message):
     with pytest.raises(InputError, match=message):
@@ -144,10 +148,9 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
     assert parser.size is None and parser.max_side == 50
     config.write_text('{"size": null}')
     assert sst.load(tmp_path).size is None
-    for text, message in (('{"size": 96}', "config.json: not the settings of a run"),
-                          ("{", "config.json: not the settings of a run"), ("[]", "config.json: not the settings of a run")):
+    for text in ('{"size": 96}', "{", "[]"):
         config.write_text(text)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match="config.json: not the settings of a run"):
             sst.load(tmp_path)
         assert sst.load(tmp_path, max_side=50).size is None, "a size that is given makes the file needless"
     with pytest.raises(InputError, match="give one of them"):
@@ -157,7 +160,8 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sst, sys; assert 'torch' not in sys.modules; import sst.domains; assert 'sst.inference' not in sys.modules"
+    code = ("import sst, sys; assert 'torch' not in sys.modules; import sst.domains; "
+            "assert 'sst.inference' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -167,7 +171,7 @@ def test_pyproject_asks_for_what_requirements_txt_does():
     assert [line for line in wanted if f'    "{line}",\n' not in text] == []
 
 
-# The command -----------------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_mirrored_and_every_photo_gets_its_files(model, tmp_path, monkeypatch, capsys):
@@ -180,7 +184,8 @@ def test_a_folder_is_mirrored_and_every_photo_gets_its_files(model, tmp_path, mo
     run(monkeypatch, model, photos, "--out", out)
     assert files(out) == results("a", "sub/a.1")
     printed = capsys.readouterr().out
-    assert "photos keep their size, up to 1024 pixels" in printed and "1/2  " in printed and "2/2  " in printed
+    assert "photos keep their size, up to 1024 pixels" in printed and "1/2  " in printed
+    assert "2/2  " in printed
     parser = sst.load(model)
     for name, source, size in (("a", "a.png", (60, 40)), ("sub/a.1", "sub/a.1.JPG", (30, 50))):
         for domain, mask in parser(photos / source).items():
@@ -211,9 +216,11 @@ def test_pictures_are_of_a_size_for_the_screen(model, tmp_path, monkeypatch):
     for name, size in (("small", (20, 40)), ("middle", (300, 900)), ("large", (1000, 2400))):
         Image.fromarray(photo(*size)).save(tmp_path / f"{name}.jpg")
         run(monkeypatch, model, tmp_path / f"{name}.jpg", "--out", tmp_path / "out", "--max-side", 64)
-    widths = {name: Image.open(tmp_path / "out" / f"{name}.pascal.overlay.jpg").width for name in ("small", "middle", "large")}
+    widths = {name: Image.open(tmp_path / "out" / f"{name}.pascal.overlay.jpg").width
+              for name in ("small", "middle", "large")}
     legend = widths["small"] - 640
-    assert 80 < legend < 200 and widths == {"small": 640 + legend, "middle": 900 + legend, "large": 1600 + legend}
+    assert 80 < legend < 200
+    assert widths == {"small": 640 + legend, "middle": 900 + legend, "large": 1600 + legend}
     assert Image.open(tmp_path / "out" / "large.pascal.png").size == (2400, 1000)
     assert Image.open(tmp_path / "out" / "large.all.jpg").width > 3 * 640
 
@@ -231,7 +238,7 @@ def test_equal_stems_and_equal_names_keep_apart(model, tmp_path, monkeypatch):
     run(monkeypatch, model, one, "--out", tmp_path / "1")
     assert files(tmp_path / "1") == results("a.jpg", "a.png", "a.jpg.png", "b")
     run(monkeypatch, model, two, one / "a.png", "--out", tmp_path / "2")
-    assert files(tmp_path / "2") == results("a", "b"), "no two are equal here, so names start at what was given"
+    assert files(tmp_path / "2") == results("a", "b"), "no two are equal, so names start at what was given"
     run(monkeypatch, model, one, two, one / "b.jpg", "--out", tmp_path / "3")
     assert files(tmp_path / "3") == results("one/a.jpg", "one/a.png", "one/a.jpg.png", "one/b", "two/b")
     for i, name in enumerate(("one/a.jpg", "one/a.png", "one/a.jpg.png", "one/b", "two/b")):
@@ -256,7 +263,8 @@ def test_a_broken_photo_is_named_and_skipped_and_the_rest_done(model, tmp_path, 
         run(monkeypatch, model, photos, "--out", tmp_path / "out")
     assert files(tmp_path / "out") == results("c")
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "a.jpg: not a readable photo" in said[0] and "b.jpg: not a readable photo" in said[1]
+    assert len(said) == 2 and "a.jpg: not a readable photo" in said[0]
+    assert "b.jpg: not a readable photo" in said[1]
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_1(model, tmp_path):
@@ -264,7 +272,8 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(model, tmp_path):
     command = [sys.executable, str(ROOT / "predict.py"), str(model), "--out", "out", "a.jpg"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1] == "predict.py: 1 of 1 photos could not be read and were skipped, see above"
+    last = ended.stderr.splitlines()[-1]
+    assert last == "predict.py: 1 of 1 photos could not be read and were skipped, see above"
 
 
 def test_refused_before_any_photo_is_read(model, tmp_path, monkeypatch):
@@ -279,8 +288,9 @@ def test_refused_before_any_photo_is_read(model, tmp_path, monkeypatch):
             ([photos, tmp_path / "none.jpg", "--out", tmp_path / "out"], "none.jpg: no such file or folder"),
             ([photos / "empty", "--out", tmp_path / "out"], r"empty: no photo in this folder \(.jpg"),
             ([photos, "--out", photos], "--out .*photos: is a folder of photos"),
-            ([photos / "a.png", photos / "a.mine.png", "--out", photos], r"a result of .*a.png would replace the given photo a.mine.png"),
-            ([photos, "--out", tmp_path / "file" / "out"], r"file/out: cannot be written \(Not a directory\)"),
+            ([photos / "a.png", photos / "a.mine.png", "--out", photos],
+             r"a result of .*a.png would replace the given photo a.mine.png"),
+            ([photos, "--out", tmp_path / "file/out"], r"file/out: cannot be written \(Not a directory\)"),
             ([photos, "--out", tmp_path / "file"], r"file: cannot be written \(File exists\)")):
         with pytest.raises(InputError, match=message):
             run(monkeypatch, model, *arguments)
@@ -297,7 +307,8 @@ def test_export_says_what_it_lacks(model, tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setitem(sys.modules, "onnx", sys.modules.get("onnx", sys))  # there, wherever the tests run
             m.setitem(sys.modules, package, None)
-            with pytest.raises(InputError, match=f"--export needs the package {package}, .*pip install onnx onnxscript"):
+            message = f"--export needs the package {package}, .*pip install onnx onnxscript"
+            with pytest.raises(InputError, match=message):
                 export(net, domains, tmp_path / "p.onnx")
     monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
     with pytest.raises(InputError, match="--export needs PyTorch 2.8 or newer, this is 2.7.1"):
