@@ -116,13 +116,15 @@ def train(config, run, train_sets, val_sets, place, interruption):
         runs.save(out, model, domains, optimizer, scaler, at, lists, config, again)
 
     def score():
-        results, skipped = validate(model.net, val_sets, config, place)
-        mean = journal.validation(results, skipped)
+        skipped = [] if config.skip_bad else None
+        results = validate(model.net, val_sets, config.size, place, skipped)
+        mean = journal.validation(results, skipped or [])
         if mean > at.best:
             at.best = mean
             if rank == 0:
                 checkpoint.save(checkpoint.model_content(model.net, domains), out / "best.pt")
         at.pending = False
+        save(again=True)
         return results
 
     if at.pending:  # interrupted before its validation had ended
@@ -143,10 +145,9 @@ def train(config, run, train_sets, val_sets, place, interruption):
             sys.exit(128 + (interruption.signal or signal.SIGTERM))
         if at.pending:
             results = score()
-            save(again=True)
 
     if config.validations and results is None:  # resumed when nothing was left to train
-        results, _ = validate(model.net, val_sets, config, place)
+        results = validate(model.net, val_sets, config.size, place, [] if config.skip_bad else None)
     if rank == 0:
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
 
@@ -213,17 +214,16 @@ def train_step(model, batches, K, optimizer, scaler, norms, config, dtype, world
     return done
 
 
-def validate(net, val_sets, config, place):
-    """{domain: scores}, and the photos that --skip-bad left out. Each process takes every world-th photo."""
+def validate(net, val_sets, size, place, skipped=None):
+    """{domain: scores}; each process takes every world-th photo. skipped: a list for what cannot be read."""
     net.eval()
-    results, skipped = {}, [] if config.skip_bad else None
+    results = {}
     for dataset in val_sets:
-        mine = range(place.rank, len(dataset), place.world)
-        matrix = confusion_of(net, dataset, config.size, mine, skipped)
+        matrix = confusion_of(net, dataset, size, range(place.rank, len(dataset), place.world), skipped)
         matrix = all_reduce(torch.from_numpy(matrix).to(place.device)).cpu().numpy()
         results[dataset.domain.name] = scores(matrix)
     net.train()
-    return results, skipped or []
+    return results
 
 
 def finish(config, net, domains, val_sets, journal, results, best, passes):

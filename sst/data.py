@@ -2,7 +2,7 @@
 
 A dataset here is anything with `domain` (a LabelDomain), `__len__`, `load(i, size)` -> image (H, W, 3) uint8
 RGB and label map (H, W) uint8 of class ids with 255 ignored, and `where(i)`, a name for messages. `Photos`
-reads files, and sst/figures.py draws. Where `size` (H, W) is not None the photo will be fitted into it. It
+reads files, and figures/ draws. Where `size` (H, W) is not None the photo will be fitted into it. It
 may then be smaller than its label map, but not smaller than that.
 
 A training step sees micro-batches of B crops. Micro-batch m holds the same crops whatever the number of

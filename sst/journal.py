@@ -64,8 +64,9 @@ class Journal:
     def describe(self, model, words, train_sets, val_sets, place, path):
         """Print the settings and what is trained. words: about its weights. path: the checkpoint, or None."""
         config, images = self.config, self.config.global_batch
-        shown = {key: value for key, value in vars(config).items() if value not in (None, False)}
-        print0("\n".join(f"  {key:<18} {shown[key]}" for key in shown if key not in ("out", "resume")))
+        for key, value in vars(config).items():
+            if key not in ("out", "resume") and value is not False and value not in (None, []):
+                print0(f"  {key:<18} {value}")
         listed = ", ".join(f"{t.domain.name} ({t.domain.num_classes} classes, {len(t)} training and {len(v)} "
                            "validation images)" for t, v in zip(train_sets, val_sets))
         print0(f"{len(train_sets)} label domains: {listed}")

@@ -138,9 +138,11 @@ def save_curves(lines, path):
         left.plot(steps, smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
     left.set(title="training losses (smoothed)", xlabel="step", yscale="log")
     for name in train[0]["cos"] if train else ():
-        for key, style in (("x0", "-"), ("xl", "--"))[:len(train[0]["cos"][name])]:
-            middle.plot(steps, [line["cos"][name][key] for line in train], style, linewidth=1,
-                        label=f"{name} {'X_0' if key == 'x0' else 'X_L'}")
+        for key, style, label in (("x0", "-", "X_0"), ("xl", "--", "X_L")):
+            # A micro-batch without images of the domain has no X_L.
+            points = [(line["step"], line["cos"][name][key]) for line in train if key in line["cos"][name]]
+            if points:
+                middle.plot(*zip(*points), style, linewidth=1, label=f"{name} {label}")
     middle.set(title="mean cosine between the rows of X (1: collapsed)", xlabel="step", ylim=(-0.3, 1.05))
     for name in val[0]["miou"] if val else ():
         right.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-", label=name,

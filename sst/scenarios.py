@@ -46,7 +46,8 @@ class Universal(nn.Module):
             terms |= losses
             for name in [name for name in self.net.heads if name not in domain]:
                 terms |= absent(name, self.sst, terms)
-        return terms, X
+        order = [f"{kind}/{name}" for kind in ("seg", "aux") for name in self.net.heads] + ["dataset", "img"]
+        return {key: terms[key] for key in order if key in terms}, X
 
     def features(self, images):
         scaled = images.to(self.net.mean.dtype, memory_format=torch.channels_last) / 255

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sst.domains import BUILTIN, HERE, LabelDomain, builtin_domain, from_dict, vocabulary, word_similarity
+from sst.domains import BUILTIN, HERE, LabelDomain, builtin_domain, from_dict, read_masks, vocabulary, word_similarity
 from sst.errors import InputError
 
 GOOD = {"name": "mine", "classes": ["background", "left hand", "right hand", "hat"],
@@ -189,3 +189,49 @@ def test_a_domain_that_contradicts_itself_is_refused_in_one_sentence(change, mes
 def test_unknown_builtin_name_lists_the_known():
     with pytest.raises(InputError, match="unknown label domain 'coco'; built in are atr, ccp-coarse"):
         builtin_domain("coco")
+
+
+# Matrices of one's own ---------------------------------------------------------------------------------------------
+
+A = LabelDomain("a", ("background", "head"))
+B = LabelDomain("b", ("background", "hat", "face"))
+
+
+def test_matrices_are_read_by_name(tmp_path):
+    file = tmp_path / "masks.json"
+    file.write_text(json.dumps({"intra": {"b": [[1, 0, 0], [0, 1, 1], [0, 1, 1]]}, "static": {"a:b": [[1, 0], [0, .5], [0, .5]]}}))
+    intra, static = read_masks(file, [A, B])
+    assert intra["b"].tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]] and list(intra) == ["b"]
+    assert static["a", "b"].tolist() == [[1, 0], [0, .5], [0, .5]]
+    assert read_masks(file, [B], others=["a"])[1] == {}, "a's classes are not known here"
+    file.write_text("{}")
+    assert read_masks(file, [A, B]) == ({}, {})
+
+
+@pytest.mark.parametrize("fields, message", [
+    ([1], "masks.json: found list; write"),
+    ({"dynamic": {}}, "holds 'dynamic'; it may hold two objects"),
+    ({"intra": [[1]]}, "holds 'intra'; it may hold two objects"),
+    ({"intra": {"c": [[1]]}}, "intra names 'c'; the run's label domains are a, b"),
+    ({"intra": {"a": [[1, 0]]}}, "intra of 'a': shape 1 x 2; write 2 rows of 2 numbers"),
+    ({"intra": {"a": [[1, 0], [1]]}}, "intra of 'a': no matrix of finite numbers; write 2 rows of 2 numbers"),
+    ({"intra": {"a": [[1, .5], [0, 1]]}}, "intra of 'a' holds 0.5; M_intra holds 0 and 1 only"),
+    ({"static": {"a": [[1]]}}, "static names 'a'; write NAME_1:NAME_2 with two of the run's label domains, a, b"),
+    ({"static": {"a:a": [[1, 0], [0, 1]]}}, "static names 'a:a'; write NAME_1:NAME_2"),
+    ({"static": {"a:c": [[1, 0]]}}, "static names 'a:c'; write NAME_1:NAME_2"),
+    ({"static": {"a:b": [[1, 0, 0], [0, 1, 1]]}}, "static of 'a:b': shape 2 x 3; write 3 rows of 2 numbers"),
+    ({"static": {"a:b": [[1, 0], [0, 1], [0, float("nan")]]}}, "static of 'a:b': no matrix of finite numbers"),
+    ({"static": {"a:b": [[1, 0]] * 3, "b:a": [[1, 0, 0]] * 2}}, "static holds both a:b and b:a; keep one"),
+])
+def test_one_sentence_for_matrices_that_do_not_fit(tmp_path, fields, message):
+    file = tmp_path / "masks.json"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputError) as caught:
+        read_masks(file, [A, B])
+    assert message in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_sentence_for_a_file_that_is_missing_or_no_json(tmp_path):
+    for file in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(InputError, match="not readable as JSON"):
+            read_masks(file, [A, B])

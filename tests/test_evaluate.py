@@ -16,6 +16,7 @@ import evaluate
 import train
 from figures import Figures
 from sst import checkpoint
+from sst.distributed import Place
 from sst.domains import LabelDomain, builtin_domain, read_class_map
 from sst.errors import InputError
 from sst.inference import averaged_logits
@@ -191,7 +192,7 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     run(tmp_path, "--json")
     result = json.loads(capsys.readouterr().out)
     figures = [Figures(d, 2 ** 31, 80, (64, 64)) for d in domains]
-    validation = train.validate(net, figures, (64, 64), 0, 1, torch.device("cpu"))
+    validation = train.validate(net, figures, (64, 64), Place(0, 1, torch.device("cpu")))
     assert {name: (r["miou"], r["mean_accuracy"]) for name, r in result.items()} == \
         {name: (r["miou"], r["mean_accuracy"]) for name, r in validation.items()}
     assert result["pascal"]["iou"]["head"] == validation["pascal"]["iou"][1]

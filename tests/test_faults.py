@@ -12,6 +12,7 @@ import train
 from sst import model, runs, scenarios
 from sst.data import Crops, Photos
 from sst.domains import builtin_domain
+from sst.distributed import StepBatchNorm
 from sst.errors import InputError
 from sst.optim import Muon
 
@@ -243,3 +244,87 @@ def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
     torch.save(content, out / "last.pt")
     with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit this version of train.py; go on with the version"):
         run(monkeypatch, "--resume", out)
+
+
+# Validation photos that break ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_validation(folder):
+    """Three validation photos, of which number 2 is broken. All training photos are whole."""
+    (folder / "train_id.txt").write_text("0\n1\n3\n4\n5")
+    (folder / "val_id.txt").write_text("0\n2\n3")
+    return folder
+
+
+def flags_of(folder, out):
+    return [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 2, "--validations", 1, "--out", out]
+
+
+def test_a_broken_validation_photo_is_left_out_named_and_counted(half_validation, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *flags_of(half_validation, tmp_path / "run"), "--skip-bad")
+    assert "step 2: " in (printed := capsys.readouterr().out) and "2.jpg: not a readable photo" in printed
+    unreadable, val = lines(tmp_path / "run")[-2:]
+    assert (unreadable["kind"], len(unreadable["files"]), val["kind"]) == ("unreadable", 1, "val")
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert last["counts"]["skipped_files"] == 1 and not last["pending"]
+    (half_validation / "val_id.txt").write_text("0\n3")  # the same photos, and none is broken
+    run(monkeypatch, *flags_of(half_validation, tmp_path / "whole"))
+    assert lines(tmp_path / "whole")[-1]["miou"] == val["miou"]
+
+
+def test_a_run_that_ends_at_its_validation_has_saved_the_step_and_goes_on_with_the_validation(
+        half_validation, tmp_path, monkeypatch):
+    out, photo = tmp_path / "run", half_validation / "images" / "2.jpg"
+    with pytest.raises(InputError, match="2.jpg: not a readable photo"):
+        run(monkeypatch, *flags_of(half_validation, out))
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert (last["step"], last["pending"], last["best"]) == (2, True, -1)
+    assert [line["kind"] for line in lines(out)] == ["train", "train"]
+    photo.write_bytes((half_validation / "images" / "1.jpg").read_bytes())
+    run(monkeypatch, *flags_of(half_validation, tmp_path / "whole"))
+    monkeypatch.setattr(train, "train_step", None)  # nothing is left to train
+    run(monkeypatch, "--resume", out)
+    one, two = ([{key: value for key, value in line.items() if key != "time"} for line in lines(folder)]
+                for folder in (out, tmp_path / "whole"))
+    assert one == two and [line["kind"] for line in one] == ["train", "train", "val"]
+    one, two = (torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole"))
+    assert one["best"] == two["best"] > 0 and not one["pending"]
+    assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in one["weights"])
+
+
+def test_a_validation_that_was_logged_but_not_saved_is_done_again_and_kept_once(tmp_path, monkeypatch):
+    """Killed between the line of the log and the second checkpoint of the step."""
+    out = tmp_path / "run"
+    run(monkeypatch, *SHORT, "--steps", 2, "--validations", 2, "--out", out)
+    whole = lines(out)
+    content = torch.load(out / "last.pt", weights_only=True) | {"pending": True}
+    torch.save(content, out / "last.pt")
+    run(monkeypatch, "--resume", out)
+    assert [(line["step"], line["kind"]) for line in lines(out)] == [(line["step"], line["kind"]) for line in whole]
+    assert lines(out)[-1]["miou"] == whole[-1]["miou"]
+
+
+# Batch norm that must stay frozen ------------------------------------------------------------------------------------
+
+
+def test_frozen_batch_norm_stays_frozen_when_it_is_synchronised():
+    """SyncBatchNorm is no BatchNorm2d: the first validation, which ends with train(), thawed it."""
+    net = model.ParsingNet({"a": 2}, TINY)
+    net.backbone.freeze()
+    net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.eval().train()
+    kinds = {type(m) for m in net.backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {torch.nn.SyncBatchNorm} and net.encoder.training
+    assert not [m for m in net.backbone.modules() if type(m) in kinds and m.training]
+
+
+def test_a_skipped_step_restores_synchronised_statistics():
+    net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.ParsingNet({"a": 2}, TINY)).train()
+    norms = StepBatchNorm(net)
+    norms.begin()
+    net.backbone.bn1.running_mean.fill_(float("nan"))
+    norms.collect()
+    norms.finish(1)
+    norms.undo()
+    assert (net.backbone.bn1.running_mean == 0).all()
