@@ -15,7 +15,6 @@ import sys
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,7 @@ from figures import Figures
 from sst import checkpoint, distributed, runs
 from sst.check import report
 from sst.config import FIGURES
-from sst.data import Crops, Schedule, collate, fraction_of, open_datasets
+from sst.data import Crops, Schedule, fraction_of, micro_batches, open_datasets
 from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
 from sst.errors import InputError
@@ -150,30 +149,6 @@ def train(config, run, train_sets, val_sets, place, interruption):
         results = validate(model.net, val_sets, config.size, place, [] if config.skip_bad else None)
     if rank == 0:
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
-
-
-class Batch(NamedTuple):
-    """Micro-batch `number` of a run on its device. skipped: sentences about files that could not be read."""
-
-    number: int
-    images: torch.Tensor  # (B, 3, H, W) uint8
-    labels: torch.Tensor  # (B, H, W) uint8
-    domain: list
-    names: list
-    skipped: list
-
-
-def micro_batches(crops, schedule, numbers, workers, device):
-    """The Batches of these numbers, in order; raises InputError for a file that cannot be read."""
-    loader = torch.utils.data.DataLoader(
-        crops, batch_sampler=(schedule[m] for m in numbers), num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-        worker_init_fn=distributed.ignore_signals)
-    for number, batch in zip(numbers, loader):
-        if isinstance(batch, InputError):
-            raise batch
-        images, labels, *rest = batch
-        yield Batch(number, images.to(device, non_blocking=True), labels.to(device, non_blocking=True), *rest)
 
 
 def train_step(model, batches, K, optimizer, scaler, norms, config, dtype, world):

@@ -15,11 +15,13 @@ import os
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .distributed import ignore_signals
 from .domains import BUILTIN, HERE, IGNORE, builtin_domain, from_dict
 from .errors import InputError
 from .files import MEAN_COLOUR, fit, mat_reader, one_line, paste, read_image, read_label
@@ -374,3 +376,27 @@ def collate(samples):
     images, labels, domain, photos, skipped = zip(*samples)
     sentences = [sentence for each in skipped for sentence in each]
     return torch.stack(images), torch.stack(labels), list(domain), list(photos), sentences
+
+
+class Batch(NamedTuple):
+    """Micro-batch `number` of a run on its device. skipped: sentences about files that could not be read."""
+
+    number: int
+    images: torch.Tensor  # (B, 3, H, W) uint8
+    labels: torch.Tensor  # (B, H, W) uint8
+    domain: list
+    names: list
+    skipped: list
+
+
+def micro_batches(crops, schedule, numbers, workers, device):
+    """The Batches of these numbers, in order; raises InputError for a file that cannot be read."""
+    loader = torch.utils.data.DataLoader(
+        crops, batch_sampler=(schedule[m] for m in numbers), num_workers=workers, collate_fn=collate,
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals)
+    for number, batch in zip(numbers, loader):
+        if isinstance(batch, InputError):
+            raise batch
+        images, labels, *rest = batch
+        yield Batch(number, images.to(device, non_blocking=True), labels.to(device, non_blocking=True), *rest)

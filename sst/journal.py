@@ -28,7 +28,7 @@ class Step:
         self.X, self.finite = None, True
 
     def add(self, batch, terms, X):
-        """A micro-batch (train.Batch) and what the model returned for it."""
+        """A micro-batch (data.Batch) and what the model returned for it."""
         self.terms = tuple(terms)
         self.values.append(torch.stack([value.detach() for value in terms.values()]))
         self.images.append(batch.names)

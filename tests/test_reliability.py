@@ -185,6 +185,28 @@ def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment, folder", [("placed", "universal-2"), ("open_folder", "universal-2")])
+def test_a_launch_that_dies_before_its_folder_is_there_does_not_adopt_the_newest_run(driver, tmp_path, moment, folder):
+    """torchrun starts it again: it begins a run of its own, beside one that had finished before."""
+    short = [flag for flag in FLAGS if flag not in ("--validations", "2")] + ["--validations", "0", "--steps", "2"]
+    finish([sys.executable, str(driver), *short], cwd=tmp_path)
+    before = (tmp_path / "runs/universal/log.jsonl").read_text()
+    dying = tmp_path / "dying.py"
+    dying.write_text(f"""
+import os
+from sst import runs
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    runs.{moment} = lambda *args: os._exit(7)
+exec(open({str(driver)!r}).read())
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1"]
+    done = finish([*launch, str(dying), *short], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert "writing to runs/universal-2" in done.stdout and "this run is finished" not in done.stdout
+    assert (tmp_path / "runs" / folder / "model.pt").exists()
+    assert (tmp_path / "runs/universal/log.jsonl").read_text() == before
+
+
+@pytest.mark.slow
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on_with_another_number_of_processes(driver, whole, two, tmp_path):
     out = tmp_path / "run"
     flags = ["--steps", 60, "--resume", "auto"]
@@ -251,9 +273,10 @@ def assert_close(one, two, tolerance):
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_train_the_same_network(driver, tmp_path):
+@pytest.mark.parametrize("slots", [[], ["--slots", "proportional", "--batch-size", "2", "--global-batch", "8"]], ids=["equal", "proportional"])
+def test_one_two_and_four_processes_train_the_same_network(driver, tmp_path, slots):
     """In float64: a step of four micro-batches, accumulated by one process, by two, or dealt to four."""
-    flags = ["--steps", 6, "--global-batch", 12, "--log-every", 1]
+    flags = ["--steps", 6, "--global-batch", 12, "--log-every", 1, *slots]
     for processes in (0, 2, 4):
         finish(command(driver, tmp_path / str(processes), *flags, processes=processes), env={"DOUBLE": "1"})
     assert_close(tmp_path / "0", tmp_path / "2", 1e-9)
