@@ -28,7 +28,7 @@ from sst.batches import Crops, Schedule, collate
 from sst.check import report
 from sst.data import fraction_of, open_datasets
 from sst.domains import builtin_domain
-from sst.errors import InputError
+from sst.errors import InputError, run_program
 from sst.inference import confusion_of, photo_logits
 from sst.losses import L_d, L_u
 from sst.metrics import scores
@@ -375,13 +375,16 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-if __name__ == "__main__":
+def cli():
+    """What `sst-train` and `python train.py` start."""
     try:
-        main()
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
+        run_program(main, "train.py")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: a loading process has ended ({str(error).strip().splitlines()[0]}); it may have run out of memory: go on with "
                  f"--resume, perhaps with fewer --workers")
+
+
+if __name__ == "__main__":
+    cli()
