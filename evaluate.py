@@ -24,7 +24,7 @@ from sst import checkpoint, distributed
 from sst.config import pair
 from sst.data import open_datasets
 from sst.domains import builtin_domain, read_class_map
-from sst.errors import InputError
+from sst.errors import InputError, run_program
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.plots import is_confusion, save_confusion
@@ -300,8 +300,10 @@ def table(title, classes, result, missing, head, pixels):
     return "\n".join(lines)
 
 
+def cli():
+    """What `sst-evaluate` and `python evaluate.py` start."""
+    run_program(main, "evaluate.py")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"evaluate.py: {error}")
+    cli()

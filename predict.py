@@ -16,7 +16,7 @@ from PIL import Image
 
 import sst
 from sst.config import pair, positive
-from sst.errors import InputError
+from sst.errors import InputError, run_program
 from sst.export import export
 from sst.files import pixels
 from sst.inference import MAX_SIDE
@@ -173,8 +173,10 @@ def save(image, masks, domains, path):
     Image.fromarray(side_by_side(row)).save(f"{path}.all.jpg", quality=90)
 
 
+def cli():
+    """What `sst-predict` and `python predict.py` start."""
+    run_program(main, "predict.py")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"predict.py: {error}")
+    cli()

@@ -26,7 +26,7 @@ from sst.config import FIGURES
 from sst.data import Crops, Schedule, fraction_of, micro_batches, open_datasets
 from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
-from sst.errors import InputError
+from sst.errors import InputError, run_program
 from sst.inference import confusion_of, samples
 from sst.journal import Journal, Step
 from sst.losses import L_d, L_u
@@ -217,13 +217,16 @@ def finish(config, net, domains, val_sets, journal, results, best, passes):
            "  --data NAME=DIR ... trains on your photos; --seed 1 tells luck from progress.")
 
 
-if __name__ == "__main__":
+def cli():
+    """What `sst-train` and `python train.py` start."""
     try:
-        main()
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
+        run_program(main, "train.py")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: a loading process has ended ({str(error).strip().splitlines()[0]}); it may have "
                  f"run out of memory: go on with --resume, perhaps with fewer --workers")
+
+
+if __name__ == "__main__":
+    cli()

@@ -193,7 +193,7 @@ def test_unknown_label_set_is_refused():
 
 
 def test_the_library_does_not_need_the_figures():
-    for path in sorted((Path(__file__).parent.parent / "sst").glob("*.py")):
+    for path in sorted((Path(__file__).parent.parent / "sst").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
