@@ -1,4 +1,5 @@
-"""torch.compile on a CPU: the operator and the network give what they give without it, and a machine without a compiler is told so."""
+"""torch.compile on a CPU: the operator and the network give what they give without it, and a machine without
+a compiler is told so."""
 
 import os
 import subprocess

@@ -68,7 +68,8 @@ def test_palette_tells_all_classes_apart_and_relates_domains():
     assert (pascal.palette()[pascal.index("torso")] == cihp.palette()[cihp.index("upper-clothes")]).all()
 
 
-# What someone with a form of colour blindness sees of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+# What someone with a form of colour blindness sees of linear RGB (Machado, Oliveira and Fernandes 2009,
+# severity 1).
 VISION = {"normal": np.eye(3),
           "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
           "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]}
@@ -160,7 +161,8 @@ def test_a_domain_without_adjacency_says_what_to_do():
     ({"classes": ["background", 3]}, "3 is no class name"),
     ({"name": "my domain"}, "use letters, digits"),
     ({"name": None}, "use letters, digits"),
-    ({"flip_pairs": [["left hand", "left foot"]]}, "names 'left foot', which is not a class; classes are background, left hand"),
+    ({"flip_pairs": [["left hand", "left foot"]]}, "names 'left foot', which is not a class; classes are "
+        "background, left hand"),
     ({"flip_pairs": [["left hand", "right hand"], ["hat", "left hand"]]}, "'left hand' is in two flip_pairs"),
     ({"flip_pairs": [["hat"]]}, "every entry is a pair"),
     ({"flip_pairs": ["ab"]}, "every entry is a pair"),
@@ -168,7 +170,8 @@ def test_a_domain_without_adjacency_says_what_to_do():
     ({"adjacency": [["hat", "shoe"]]}, "names 'shoe'"),
     ({"adjacency": 3}, "must be a list"),
     ({"label_map": {"hat": [1]}}, "label_map lacks class 'background'"),
-    ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}}, "raw label 1 is listed twice, in class 'left hand' and in class 'right"),
+    ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}}, "raw label 1 is "
+        "listed twice, in class 'left hand' and in class 'right"),
     ({"label_map": {"background": [255], "left hand": [1], "right hand": [3], "hat": [2]}}, "255 is always ignored"),
     ({"label_map": {"background": [True], "left hand": [1], "right hand": [3], "hat": [2]}}, "neither a tag name nor an integer"),
     ({"label_map": {"background": ["null"], "left hand": [1], "right hand": [], "hat": []}}, "mixes tag names and integers"),
@@ -191,7 +194,7 @@ def test_unknown_builtin_name_lists_the_known():
         builtin_domain("coco")
 
 
-# Matrices of one's own ---------------------------------------------------------------------------------------------
+# Matrices of one's own --------------------------------------------------------------------------------------
 
 A = LabelDomain("a", ("background", "head"))
 B = LabelDomain("b", ("background", "hat", "face"))
@@ -216,7 +219,8 @@ def test_matrices_are_read_by_name(tmp_path):
     ({"intra": {"a": [[1, 0]]}}, "intra of 'a': shape 1 x 2; write 2 rows of 2 numbers"),
     ({"intra": {"a": [[1, 0], [1]]}}, "intra of 'a': no matrix of finite numbers; write 2 rows of 2 numbers"),
     ({"intra": {"a": [[1, .5], [0, 1]]}}, "intra of 'a' holds 0.5; M_intra holds 0 and 1 only"),
-    ({"static": {"a": [[1]]}}, "static names 'a'; write NAME_1:NAME_2 with two of the run's label domains, a, b"),
+    ({"static": {"a": [[1]]}}, "static names 'a'; write NAME_1:NAME_2 with two of the run's label domains, "
+                               "a, b"),
     ({"static": {"a:a": [[1, 0], [0, 1]]}}, "static names 'a:a'; write NAME_1:NAME_2"),
     ({"static": {"a:c": [[1, 0]]}}, "static names 'a:c'; write NAME_1:NAME_2"),
     ({"static": {"a:b": [[1, 0, 0], [0, 1, 1]]}}, "static of 'a:b': shape 2 x 3; write 3 rows of 2 numbers"),

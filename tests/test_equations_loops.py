@@ -1,7 +1,9 @@
-"""The modules against slow loops over images, classes, pixels and pairs of images, written straight from the equations.
+"""The modules against slow loops over images, classes, pixels and pairs of images, written straight from the
+equations.
 
-The loops share nothing with the library: vectors are 1-D float64 tensors, all else is plain Python. The inputs are random:
-absent classes, ignored pixels, domains that take turns in the batch, maps that are neither square nor multiples of 16.
+The loops share nothing with the library: vectors are 1-D float64 tensors, all else is plain Python. The
+inputs are random: absent classes, ignored pixels, domains that take turns in the batch, maps that are neither
+square nor multiples of 16.
 """
 
 import math
@@ -31,7 +33,8 @@ def close(found, expected):
 # The loops
 
 def times(x, weight):
-    """x W: entry k of the result is the sum over j of x[j] W[j, k], and a linear layer stores W[j, k] as weight[k, j]."""
+    """x W: entry k of the result is the sum over j of x[j] W[j, k], and a linear layer stores W[j, k] as
+    weight[k, j]."""
     x = x.tolist()
     return torch.tensor([sum(x[j] * row[j] for j in range(len(x))) for row in weight.tolist()], dtype=torch.float64)
 
@@ -104,7 +107,8 @@ def differ(X, mapped):
 
 
 def image_level(one, two, S, X, mst):
-    """Eq. 11: the mean over all pairs of images of the sum over the scales; S[name], X[name] hold one entry per image."""
+    """Eq. 11: the mean over all pairs of images of the sum over the scales; S[name], X[name] hold one entry
+    per image."""
     total = 0
     for a, b in product(range(len(S[one])), range(len(S[two]))):
         for l in (1, 2, 3):
@@ -115,7 +119,8 @@ def image_level(one, two, S, X, mst):
 
 
 def upsampled(A, i, j, H, W):
-    """The logits of pixel (i, j) of an H x W image from A (Z, h, w): bilinear between centres, constant beyond the last."""
+    """The logits of pixel (i, j) of an H x W image from A (Z, h, w): bilinear between centres, constant
+    beyond the last."""
     h, w = A.shape[1:]
     y, x = max((i + 0.5) * h / H - 0.5, 0), max((j + 0.5) * w / W - 0.5, 0)
     top, left = int(y), int(x)
@@ -140,7 +145,8 @@ def cross_entropy(A, Y, balance=0):
 # Inputs
 
 def label_maps(images, Z, seed=0, height=HEIGHT, width=WIDTH):
-    """Label maps of large blocks, the last class absent from the odd ones, a tenth of the pixels and some blocks ignored."""
+    """Label maps of large blocks, the last class absent from the odd ones, a tenth of the pixels and some
+    blocks ignored."""
     random = torch.Generator().manual_seed(seed)
     maps = []
     for b in range(images):

@@ -228,8 +228,8 @@ def test_two_processes_score_as_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "coarse=coarse.json"],
-     "--data coarse: model.pt has no head for it; its label domains are limbs, whose heads can score it through a "
-     "map of classes: --as coarse:limbs=MAP.json"),
+     "--data coarse: model.pt has no head for it; its label domains are limbs, whose heads can score it "
+     "through a map of classes: --as coarse:limbs=MAP.json"),
     (["--data", "limbs=renamed.json"], "--data limbs: class 2 is wing there and right arm in model.pt"),
     (["--data", "limbs=longer.json"], "--data limbs: class 3 is wing there and absent in model.pt"),
     (["--data", "limbs=limbs.json", "limbs=coarse.json"], "label domain 'limbs' is given twice"),
@@ -274,8 +274,8 @@ def test_one_sentence_for_what_cannot_be_scored(net, tmp_path, monkeypatch, flag
     (TO_COARSE | {"tail": None},
      "map.json: maps 'tail', which is no class of limbs; classes are background, left arm, right arm"),
     (TO_COARSE | {"left arm": "arm"},
-     "map.json: maps 'left arm' to 'arm', which is no class of coarse; use null or one of background, person, "
-     "bag"),
+     "map.json: maps 'left arm' to 'arm', which is no class of coarse; use null or one of background, "
+     "person, bag"),
     (TO_COARSE | {"left arm": 1}, "map.json: maps 'left arm' to 1, which is no class of coarse"),
 ], ids=str)
 def test_one_sentence_for_a_map_that_maps_nothing(tmp_path, change, message):

@@ -1,4 +1,5 @@
-"""Steps that are not finite, files that break while a run goes on, and flags beside --resume, in one process."""
+"""Steps that are not finite, files that break while a run goes on, and flags beside --resume, in one
+process."""
 
 import json
 
@@ -25,7 +26,8 @@ def quick(monkeypatch):
 
 
 def spoil(monkeypatch, when, what=float("nan")):
-    """L_seg is `what` for ATR's images in those calls (one a step here): a loss that depends on labels alone goes wrong."""
+    """L_seg is `what` for ATR's images in those calls (one a step here): a loss that depends on labels alone
+    goes wrong."""
     calls, L_seg = [0], scenarios.L_seg
 
     def spoiled(logits, labels, balance):
@@ -74,7 +76,8 @@ def test_only_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
 
 def test_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, {2, 4, 5, 6})
-    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training has diverged; lower --lr 0.01 or"):
+    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training "
+                                         "has diverged; lower --lr 0.01 or"):
         run(monkeypatch, *SHORT, "--steps", 9, "--validations", 0, "--max-skips", 3, "--out", tmp_path / "run")
 
 
@@ -106,7 +109,7 @@ def test_sync_bn_is_for_gpus(tmp_path, monkeypatch):
         run(monkeypatch, *SHORT, "--steps", 1, "--sync-bn", "--out", tmp_path / "run")
 
 
-# Files -----------------------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -131,7 +134,8 @@ def test_a_file_that_breaks_stops_the_run_or_is_skipped_and_counted(folder, tmp_
     flags = [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 4, "--validations", 0, "--out", tmp_path / "run"]
     with pytest.raises(InputError, match="2.jpg: not a readable photo"):
         run(monkeypatch, *flags)
-    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")  # before its first checkpoint: from the start
+    # before its first checkpoint: from the start
+    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")
     printed = capsys.readouterr().out
     assert "begins again" in printed and "2.jpg: not a readable photo" in printed and "another photo took its place" in printed
     log = lines(tmp_path / "run")
@@ -150,7 +154,7 @@ def test_the_next_photo_takes_the_place_and_with_none_left_the_run_stops(folder)
     assert isinstance(crops[0, 0, 0], InputError)
 
 
-# Resuming --------------------------------------------------------------------------------------------------------------------------
+# Resuming ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +207,8 @@ def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
 
 
 def test_a_launch_that_died_before_its_folder_was_made_does_not_take_the_newest(finished, tmp_path, monkeypatch):
-    """Started again by torchrun it begins: in the folder that it had chosen, or where it had chosen none, in a new one."""
+    """Started again by torchrun it begins: in the folder that it had chosen, or where it had chosen none, in
+    a new one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "universal").symlink_to(finished)
@@ -219,19 +224,22 @@ def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypat
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out)
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config.replace('"lr": 0.01', '"lr": 0.5'))
-    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.01, but config.json beside it says 0.5; put config.json back"):
+    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.01, but config.json beside it "
+                                         "says 0.5; put config.json back"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not the settings of a run"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text(config)
     monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
-    with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos when the run began, and has 5 now, or others"):
+    with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos when the run began, "
+                                         "and has 5 now, or others"):
         run(monkeypatch, "--resume", out)
 
 
 def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
-    """Settings that it does not know are as published; an optimiser that does not fit is refused in a sentence."""
+    """Settings that it does not know are as published; an optimiser that does not fit is refused in a
+    sentence."""
     out = tmp_path / "run"
     run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--out", out)
     config = json.loads((out / "config.json").read_text())
@@ -242,11 +250,12 @@ def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
     content = torch.load(out / "last.pt", weights_only=True)
     content["config"] = {key: value for key, value in content["config"].items() if key not in younger}
     torch.save(content, out / "last.pt")
-    with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit this version of train.py; go on with the version"):
+    with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit this version of "
+                                         "train.py; go on with the version"):
         run(monkeypatch, "--resume", out)
 
 
-# Validation photos that break ----------------------------------------------------------------------------------------
+# Validation photos that break -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -305,7 +314,7 @@ def test_a_validation_that_was_logged_but_not_saved_is_done_again_and_kept_once(
     assert lines(out)[-1]["miou"] == whole[-1]["miou"]
 
 
-# Batch norm that must stay frozen ------------------------------------------------------------------------------------
+# Batch norm that must stay frozen ---------------------------------------------------------------------------
 
 
 def test_frozen_batch_norm_stays_frozen_when_it_is_synchronised():

@@ -1,4 +1,5 @@
-"""SST on a network that is not ours: generality is the paper's first claim, and README's example is this test."""
+"""SST on a network that is not ours: generality is the paper's first claim, and README's example is this
+test."""
 
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ class Foreign(nn.Module):
     def __init__(self):
         super().__init__()
         conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.ReLU())
-        self.down = nn.ModuleList([conv(3, 32), conv(32, 64), conv(64, 64), conv(64, 64)])  # strides 2, 4, 8, 16
+        # strides 2, 4, 8, 16
+        self.down = nn.ModuleList([conv(3, 32), conv(32, 64), conv(64, 64), conv(64, 64)])
         self.heads = nn.ModuleDict({"pascal": nn.Conv2d(64, 7, 1), "cihp": nn.Conv2d(64, 20, 1)})
 
     def forward(self, images):

@@ -1,4 +1,5 @@
-"""What surrounds the equations: which pairs, rows and regions are meant, precision, memory, and where training starts."""
+"""What surrounds the equations: which pairs, rows and regions are meant, precision, memory, and where
+training starts."""
 
 from itertools import product
 from math import prod, sqrt
@@ -37,7 +38,8 @@ def test_full_connects_every_two_domains():
 
 def test_progressive_is_the_chain_from_coarse_to_fine():
     assert connections([20, 7, 18], "progressive") == [(1, 2), (2, 0)]
-    assert connections([5, 3, 5, 3], "progressive") == [(1, 3), (3, 0), (0, 2)]  # equal ones in the order given
+    # equal ones in the order given
+    assert connections([5, 3, 5, 3], "progressive") == [(1, 3), (3, 0), (0, 2)]
 
 
 def test_one_domain_is_connected_to_nothing():
@@ -71,7 +73,8 @@ def test_the_order_of_the_images_does_not_matter():
 
 def test_regions_are_the_labels_at_the_centres_of_the_pixels():
     Y = (10 * torch.arange(6)[:, None] + torch.arange(4))[None]  # row i, column j holds 10 i + j
-    # 6 rows to 4: centres at 1.5 (i + 1/2) = 0.75, 2.25, 3.75, 5.25, in rows 0, 2, 3, 5; 4 columns to 2: centres 1 and 3
+    # 6 rows to 4: centres at 1.5 (i + 1/2) = 0.75, 2.25, 3.75, 5.25, in rows 0, 2, 3, 5; 4 columns to 2:
+    # centres 1 and 3
     found, same = regions_of(Y, [torch.empty(1, 9, 4, 2), torch.empty(1, 9, 6, 4)])
     assert found.tolist() == [[[1, 3], [21, 23], [31, 33], [51, 53]]]
     assert torch.equal(same, Y)
@@ -84,7 +87,8 @@ def test_regions_are_of_no_class_in_between():
 
 
 def test_predicted_regions_are_the_best_class_of_every_pixel_but_the_ignored_ones():
-    logits = torch.tensor([[[3.0, 0, 1, 0]], [[1, 5, 0, 0]], [[2, 1, 9, 1]], [[0, 0, 2, 4]]])[None]  # (1, 4, 1, 4)
+    # (1, 4, 1, 4)
+    logits = torch.tensor([[[3.0, 0, 1, 0]], [[1, 5, 0, 0]], [[2, 1, 9, 1]], [[0, 0, 2, 4]]])[None]
     delta = predicted_regions(logits, torch.tensor([[[2, 2, 255, 0]]]), [torch.empty(1, 8, 1, 4)])
     assert delta[0].tolist() == [[[0, 1, 255, 3]]]
 
@@ -103,7 +107,8 @@ def test_X_0_starts_far_from_the_trivial_solution():
     for Z in (2, 7, 20):
         X_0 = MSE(torch.ones(Z, Z), dim=256).X_0.detach()
         assert abs(row_cosine(X_0)) < 1e-3
-        torch.testing.assert_close(X_0 @ X_0.T, 9 * torch.eye(Z), atol=1e-3, rtol=0)  # orthogonal rows of length 3
+        # orthogonal rows of length 3
+        torch.testing.assert_close(X_0 @ X_0.T, 9 * torch.eye(Z), atol=1e-3, rtol=0)
 
 
 # What is trained
@@ -144,7 +149,8 @@ def test_cosine_is_the_same_for_short_and_long_vectors():
         value = cosine(short, b)
         assert value.item() == pytest.approx(24 / 25)
         value.backward()
-        # d cos / da = (b / |b| - cos a / |a|) / |a| = (0.8 - 0.576, 0.6 - 0.768) / 5, and as much more as a is shorter
+        # d cos / da = (b / |b| - cos a / |a|) / |a| = (0.8 - 0.576, 0.6 - 0.768) / 5, and as much more as a
+        # is shorter
         assert (scale * short.grad).tolist() == pytest.approx([0.0448, -0.0336], rel=1e-4)
 
 
@@ -235,13 +241,15 @@ def test_cosine_neither_overflows_nor_underflows():
         a, b = (v * scale).requires_grad_(), v.flip(0) * scale
         c = cosine(a, b)  # (3*4 + 4*3) / 25
         c.backward()
-        # d cos / da = (b/|b| - cos a/|a|) / |a| = ((0.8, 0.6) - 0.96 (0.6, 0.8)) / 5 = (0.0448, -0.0336), divided by the scale
+        # d cos / da = (b/|b| - cos a/|a|) / |a| = ((0.8, 0.6) - 0.96 (0.6, 0.8)) / 5 = (0.0448, -0.0336),
+        # divided by the scale
         assert c.item() == pytest.approx(0.96, rel=1e-5)
         assert (a.grad * scale).tolist() == pytest.approx([0.0448, -0.0336], rel=1e-4)
 
 
 def test_attention_on_an_absent_class_leaves_finite_gradients():
-    """Softmax weights of (1, 1e-22), the first on a class whose mask is 0: the mapped row is tiny and its gradient is not."""
+    """Softmax weights of (1, 1e-22), the first on a class whose mask is 0: the mapped row is tiny and its
+    gradient is not."""
     logits = torch.tensor([[0.0, -50.657]], requires_grad=True)
     mapped = (logits.softmax(-1) * torch.tensor([[0.0, 2.0]])) @ torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     loss = 1 - cosine(mapped, torch.tensor([[4.0, 3.0]]))

@@ -19,7 +19,8 @@ def optimiser(net, lr=0.1, **kw):
 
 
 def test_a_diagonal_matrix_by_hand():
-    # 3 and 4 on the diagonal: brought to length 1 they are 0.6 and 0.8, and each goes through a*s + b*s^3 + c*s^5 five times.
+    # 3 and 4 on the diagonal: brought to length 1 they are 0.6 and 0.8, and each goes through a*s + b*s^3 +
+    # c*s^5 five times.
     want = []
     for s in (0.6, 0.8):
         for _ in range(5):

@@ -1,4 +1,5 @@
-"""The notebooks: stored as they should be (fast), and running from top to bottom (slow), each in a Python of its own."""
+"""The notebooks: stored as they should be (fast), and running from top to bottom (slow), each in a Python of
+its own."""
 
 import ast
 import base64
@@ -64,7 +65,8 @@ def faults(path):
             continue
         modules = {name.split(".")[0] for name in imports(tree)}
         if modules & {"IPython", "ipywidgets", "google"} or "get_ipython" in source:
-            found.append(f"cell {n} needs a notebook server: {', '.join(sorted(modules & {'IPython', 'ipywidgets', 'google'}))}")
+            found.append(f"cell {n} needs a notebook server: "
+                         f"{', '.join(sorted(modules & {'IPython', 'ipywidgets', 'google'}))}")
         written = [source]
         for output in cell["outputs"]:
             if output["output_type"] == "error":

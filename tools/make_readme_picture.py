@@ -3,8 +3,8 @@
     python train.py --mode universal
     python tools/make_readme_picture.py runs/universal docs/sst.png
 
-The figure, number 398 of the validation seed, is none that the demo was trained or validated on. It was chosen among 900 because the
-demo parses it well; `samples.png` of a run shows unchosen ones.
+The figure, number 398 of the validation seed, is none that the demo was trained or validated on. It was
+chosen among 900 because the demo parses it well; `samples.png` of a run shows unchosen ones.
 """
 
 import sys
@@ -108,7 +108,8 @@ def draw(run, path):
         text(x + 1.3, 1.08, words, 15, FADED, linespacing=1.5)
     sheet.canvas.draw()
     pixels = np.asarray(sheet.canvas.buffer_rgba())[..., :3].astype(int)
-    Image.fromarray((pixels // 8 * 8 * 255 // 248).astype(np.uint8)).save(path, optimize=True)  # 5 bits a channel: half the bytes
+    # 5 bits a channel: half the bytes
+    Image.fromarray((pixels // 8 * 8 * 255 // 248).astype(np.uint8)).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ def code_cells(notebook):
 
 
 def execute(notebook):
-    """Run the code cells of a parsed .ipynb in one namespace, and put outputs and execution_count into them."""
+    """Run the code cells of a parsed .ipynb in one namespace, and put outputs and execution_count into
+    them."""
     namespace = {"__name__": "__main__"}
     for count, cell in enumerate(code_cells(notebook), 1):
         name, source = f"<cell {count}>", source_of(cell)
-        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name  # tracebacks and inspect show its lines
+        # tracebacks and inspect show its lines
+        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
         tree = ast.parse(source, name)
         last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         printed, value = io.StringIO(), None
@@ -79,7 +81,8 @@ def main():
             sys.path[:] = modules
         if not args.check:
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{path}: {len(code_cells(notebook))} cells, {time.time() - began:.1f} s, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+        print(f"{path}: {len(code_cells(notebook))} cells, {time.time() - began:.1f} s, "
+              f"{path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":
