@@ -117,8 +117,8 @@ def parse(photos, parser, out):
 
 
 def unwritable(out, error):
-    return InputError(f"--out {out}: cannot be written ({error.strerror or error}); give a folder of yours, on "
-                      f"a disk with space left")
+    return InputError(f"--out {out}: cannot be written ({error.strerror or error}); give a folder of yours, "
+                      f"on a disk with space left")
 
 
 def find_photos(given, out):

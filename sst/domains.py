@@ -210,7 +210,7 @@ def read_class_map(file, head, domain):
 def read_masks(file, domains, others=()):
     """Matrices of one's own for Eq. 6 and 8: {name: M_intra (Z, Z)}, {(name_1, name_2): M_static (Z_2, Z_1)}.
 
-    file: JSON, {"intra": {"NAME": [[0 or 1]]}, "static": {"NAME_1:NAME_2": [[number]]}}. Either may be missing.
+    file: JSON, {"intra": {"NAME": [[0 or 1]]}, "static": {"NAME_1:NAME_2": [[number]]}}. One may be missing.
     domains: LabelDomains whose matrices are read. others: names that the file may hold too.
     Raises InputError for unknown names, wrong shapes and wrong values.
     """

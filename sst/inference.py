@@ -106,7 +106,8 @@ def samples(net, datasets, size=None, count=3):
                 image, truth = dataset.load(i)
             except InputError:  # validation has named it
                 continue
-            triples.append((image, truth, photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()))
+            prediction = photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()
+            triples.append((image, truth, prediction))
             if len(triples) == count:
                 break
         chosen.append((dataset.domain, triples))

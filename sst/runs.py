@@ -225,7 +225,7 @@ class Progress:
 
 
 def save(out, model, domains, optimizer, scaler, at, lists, config, again=False):
-    """Everything needed to go on, to last.pt, by the first process. again: for the second time after a step."""
+    """Everything needed to go on, to last.pt, by the first process. again: the second time after a step."""
     if distributed.first():
         content = checkpoint.model_content(model.net, domains) | vars(at) | {
             "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
