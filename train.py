@@ -33,7 +33,7 @@ from sst.losses import L_d, L_u
 from sst.metrics import scores, summary
 from sst.optim import build_optimizer, precision, set_rate
 from sst.plots import save_curves, save_samples
-from sst.scenarios import matrices, prepare
+from sst.scenarios import matrices
 
 
 def main():
@@ -86,7 +86,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
 
     # What is trained, and how far it is.
     state, path = checkpoint.load_last(out) if config.resume else (None, None)
-    model, words = prepare(config, domains, device, resumed=state is not None)
+    model, words = runs.prepare(config, domains, device, resumed=state is not None)
     optimizer, dtype = build_optimizer(model, config), precision(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     at = runs.Progress()

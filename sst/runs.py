@@ -1,5 +1,4 @@
-"""The life of a run: its settings, its folder, where it stands, its log, how it goes on, what may change
-meanwhile.
+"""The life of a run: settings, folder, log and lock, what is trained, how it goes on, what may change meanwhile.
 
 A run's folder holds config.json, log.jsonl, the checkpoints (sst/checkpoint.py) and at the end two pictures.
 What a run promises is in docs/reliability.md.
@@ -11,10 +10,13 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from . import checkpoint, config as settings, distributed
 from .config import names
-from .distributed import broadcast, recall, remember
+from .distributed import broadcast, compiler_fault, print0, recall, remember
 from .errors import InputError
+from .scenarios import build
 
 # What may change when a run goes on: none of it changes what is learned from data that can be read.
 FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
@@ -184,7 +186,30 @@ def open_folder(config):
     return folder
 
 
-# Going on ---------------------------------------------------------------------------------------------------
+# The model, and going on ------------------------------------------------------------------------------------
+
+
+def prepare(config, domains, device, resumed=False):
+    """The model of a run as it starts, on its device, and in words what it takes over from another run."""
+    start = config.source_checkpoint or config.init_from
+    # a universal parser then finds all in its own checkpoint
+    needed = start and not (resumed and config.init_from)
+    origin = checkpoint.load(f"{start}/last.pt", "run") if needed else None
+    model, words = build(config, domains, origin, resumed), ""
+    if origin and config.init_from:
+        words = checkpoint.inherit(model, domains, origin, f"{start}/last.pt")
+    model.to(device, memory_format=torch.channels_last).train()
+    if config.sync_bn:
+        if device.type != "cuda":
+            raise InputError("--sync-bn: PyTorch has it for GPUs only; leave it out")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.compile:
+        if fault := compiler_fault(device):
+            print0(f"--compile: torch.compile does not work on this machine ({fault}); the run goes on "
+                   "without it")
+        else:
+            model.extract = torch.compile(model.net.features, dynamic=False)
+    return model, words
 
 
 def fingerprint(dataset):

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import domains_of, from_spec, inherit, load, load_imagenet, load_weights
+from .checkpoint import domains_of, from_spec, load_imagenet, load_weights
 from .config import names
-from .distributed import compiler_fault, print0
 from .domains import IGNORE, read_masks
 from .errors import InputError
 from .files import MEAN_COLOUR
@@ -129,29 +128,6 @@ def build(config, domains, origin=None, resumed=False):
     if config.mode == "dedicated":
         return build_dedicated(config, domains, origin, net)
     return Universal(net, build_sst(config, domains, net.arch.dim), config.balance)
-
-
-def prepare(config, domains, device, resumed=False):
-    """The model of a run as it starts, on its device, and in words what it takes over from another run."""
-    start = config.source_checkpoint or config.init_from
-    # a universal parser then finds all in its own checkpoint
-    needed = start and not (resumed and config.init_from)
-    origin = load(f"{start}/last.pt", "run") if needed else None
-    model, words = build(config, domains, origin, resumed), ""
-    if origin and config.init_from:
-        words = inherit(model, domains, origin, f"{start}/last.pt")
-    model.to(device, memory_format=torch.channels_last).train()
-    if config.sync_bn:
-        if device.type != "cuda":
-            raise InputError("--sync-bn: PyTorch has it for GPUs only; leave it out")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config.compile:
-        if fault := compiler_fault(device):
-            print0(f"--compile: torch.compile does not work on this machine ({fault}); the run goes on "
-                   "without it")
-        else:
-            model.extract = torch.compile(model.net.features, dynamic=False)
-    return model, words
 
 
 def build_sst(config, domains, dim, sources=()):
