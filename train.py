@@ -196,6 +196,9 @@ def validate(net, val_sets, size, place, skipped=None):
     for dataset in val_sets:
         matrix = confusion_of(net, dataset, size, range(place.rank, len(dataset), place.world), skipped)
         matrix = all_reduce(torch.from_numpy(matrix).to(place.device)).cpu().numpy()
+        if not matrix.any():
+            raise InputError(f"validation of '{dataset.domain.name}': no photo that can be read has a "
+                             "labelled pixel; mend the list, or train with --validations 0")
         results[dataset.domain.name] = scores(matrix)
     net.train()
     return results

@@ -282,6 +282,13 @@ def test_a_broken_validation_photo_is_left_out_named_and_counted(half_validation
     assert lines(tmp_path / "whole")[-1]["miou"] == val["miou"]
 
 
+def test_a_validation_of_nothing_is_refused(half_validation, tmp_path, monkeypatch):
+    (half_validation / "val_id.txt").write_text("2")
+    with pytest.raises(InputError, match="validation of 'mine': no photo that can be read has a labelled pixel"):
+        run(monkeypatch, *flags_of(half_validation, tmp_path / "run"), "--skip-bad")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["pending"]
+
+
 def test_a_run_that_ends_at_its_validation_has_saved_the_step_and_goes_on_with_the_validation(
         half_validation, tmp_path, monkeypatch):
     out, photo = tmp_path / "run", half_validation / "images" / "2.jpg"
