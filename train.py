@@ -6,8 +6,7 @@
     python train.py --check --data NAME=DIR ...                        reads every file, reports on the data
     python train.py --help                                             every flag
 
-What a step sees follows from the seed and the step alone, so a run may be split, killed and resumed:
-docs/reliability.md.
+What a step sees follows from seed and step alone: a run may be split, killed, resumed (docs/reliability.md).
 """
 
 import signal

@@ -1,5 +1,4 @@
-"""Files of weights: what a run writes and reads, networks built from them, what one run takes over from
-another.
+"""Files of weights: what a run writes and reads, networks from them, what one run takes over from another.
 
 A run's files are the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and
 previous.pt before it). All are loaded with weights_only=True: a stranger's file runs no code. All are read

@@ -1,5 +1,4 @@
-"""The settings of a run. One row a setting: flags, presets, checks and `python train.py --help` come from
-it."""
+"""The settings of a run, one row each: from it come its flag, its presets, its checks and its line of --help."""
 
 import argparse
 import os
@@ -32,10 +31,10 @@ def positive(text):
 class Setting:
     """A row of SETTINGS.
 
-    published: its value in the preset `paper`, which is its default. allowed: (low, high) of a number, or the
-    choices.
-    columns: its values in the presets that differ; `demo` follows `small`. older: its value in a run that was
-    begun before there was such a setting.
+    published: its value in the preset `paper`, which is its default.
+    allowed: (low, high) of a number, or the choices.
+    columns: its values in the presets that differ. `demo` follows `small`.
+    older: its value in a run that was begun before there was such a setting.
     """
 
     name: str
@@ -278,11 +277,9 @@ def given(argv=None):
 
 
 def resolve(given, before=None):
-    """The flags given -> Config, every setting with a value. Raises InputError for settings that exclude each
-    other.
+    """The flags given -> Config, every setting with a value. Raises InputError where they exclude each other.
 
-    before: the Config of the run that it starts from (--init-from, --source-checkpoint), whose network it
-    keeps.
+    before: the Config of the run that it starts from (--init-from, --source-checkpoint). Its network is kept.
     """
     data = any(given.get(key) for key in ("data", "source", "target"))
     name = given.get("preset") or (before and before.preset) or ("paper" if data else "demo")

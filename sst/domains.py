@@ -188,8 +188,8 @@ def check_label_map(domain):
 def read_class_map(file, head, domain):
     """(P,) int64: the id in `domain` of each class of the label domain `head`, or Z for none.
 
-    file: a JSON object {"class of head": "class of domain" or null, ...} with every class of head. Raises
-    InputError.
+    file: a JSON object {"class of head": "class of domain" or null, ...} with every class of head.
+    Raises InputError.
     """
     names = read_object(file, f"write one JSON object that gives every class of {head.name} a class of "
                               f"{domain.name}, or null")
@@ -282,8 +282,7 @@ def builtin_domain(name):
 
 
 def normalised(name):
-    """A class name as the vocabulary and the colour table spell it: lower case, words parted by single
-    spaces."""
+    """A class name as the vocabulary and the colour table spell it: lower case, single spaces."""
     return re.sub(r"[-_\s]+", " ", name.lower()).strip()
 
 
@@ -298,8 +297,7 @@ def vocabulary():
 
 
 def word_similarity(a, b):
-    """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the word embeddings of two domains' class
-    names.
+    """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the class names' word embeddings.
 
     Raises InputError for a name outside the vocabulary.
     """

@@ -17,10 +17,9 @@ from .runs import open_log
 class Step:
     """What a training step did, in this process.
 
-    terms: names of the loss terms. values, images: of each micro-batch its terms' values and its images'
-    names.
-    X: {domain: (X_0, X_L)} of the first micro-batch. unreadable: [(micro-batch, sentence)]. finite: of all
-    processes.
+    terms: names of the loss terms. values, images: of each micro-batch, its terms' values, its images' names.
+    X: {domain: (X_0, X_L)} of the first micro-batch. unreadable: [(micro-batch, sentence)].
+    finite: whether all losses and the gradient were, in all processes.
     """
 
     def __init__(self):
@@ -141,8 +140,7 @@ class Journal:
                              f"diverged; lower --lr {self.config.lr:g} or set --clip 1")
 
     def times(self):
-        """Since the start: seconds and images a second. Since the last line: seconds of a step and of waiting
-        in it.
+        """Since the start: seconds, images a second. Since the last line: seconds of a step, and of waiting in it.
 
         And the peak memory in GiB.
         """
@@ -167,8 +165,7 @@ class Journal:
                    f"{clock(elapsed / done * (steps - step))} left")
 
     def validation(self, results, skipped):
-        """Print and log the scores {domain: scores}; skipped: sentences. Returns the domains' mean mIoU in
-        percent."""
+        """Print and log {domain: scores}; skipped: sentences. Returns the mean mIoU of the domains in percent."""
         self.unreadable(list(enumerate(skipped)), "validation went on without it")
         miou = {name: result["miou"] for name, result in results.items()}
         mean = sum(miou.values()) / len(miou)

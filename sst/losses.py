@@ -13,8 +13,7 @@ def L_seg(A, Y, balance=0.0):
     one. An image with nothing but ignored pixels contributes 0; so does a batch without images.
 
     balance: 0 as published. Between that and 1 it is a weighted mean, small classes counting more: a pixel
-    weighs n^-balance, n the pixels of its class in its image. At 1 each class that an image shows counts the
-    same.
+    weighs n^-balance, n the pixels of its class in its image. At 1 every class in an image counts the same.
     """
     CE = cross_entropy(A, Y)  # (B, H*W), 0 where ignored
     weight = pixel_weights(Y, balance, CE.dtype)  # (B, H*W), 0 where ignored
@@ -82,8 +81,7 @@ def cross_entropy(A, Y):
 
 
 def pixel_weights(Y, balance, dtype):
-    """(B, H*W): 0 for ignored pixels, for others n^-balance; n counts the pixels of its class in its
-    image."""
+    """(B, H*W): 0 for ignored pixels, else n^-balance, n the pixels of its class in its image."""
     weight = (Y != IGNORE).flatten(1).to(dtype)
     if not balance:
         return weight

@@ -1,10 +1,9 @@
 """The optimiser: groups of weights, the learning rate, half precision, and Muon.
 
-The paper names no optimiser; the preset `paper` uses Mask2Former's AdamW. The presets for CPUs use Muon (K.
-Jordan and
-others, 2024): AdamW, except that the steps of weight matrices are made orthogonal. What AdamW does to every
-number alone, Muon does to a matrix as a whole: all directions of a step get about the same length, so that
-rare ones are learned as fast as common ones. A small network learns more in the same minutes
+The paper names no optimiser. The preset `paper` uses Mask2Former's AdamW. The presets for CPUs use Muon (K.
+Jordan and others, 2024): AdamW, except that the steps of weight matrices are made orthogonal. What AdamW does
+to every number alone, Muon does to a matrix as a whole: all directions of a step get about the same length,
+so that rare ones are learned as fast as common ones. A small network learns more in the same minutes
 (docs/experiments.md).
 """
 
@@ -12,8 +11,7 @@ import torch
 
 MOMENTUM = 0.95
 STEPS = 5
-# Jordan's quintic: s -> a*s + b*s^3 + c*s^5, five times over, brings every s of (0.002, 1] to between 0.68
-# and 1.21.
+# Jordan's quintic: s -> a*s + b*s^3 + c*s^5, five times over, brings all s of (0.002, 1] to 0.68 to 1.21.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
@@ -46,8 +44,7 @@ def rate(part, config):
 
 
 def set_rate(optimizer, part, config):
-    """Give every group its rate for the step after that part of the run. Returns the rate of a group of scale
-    1."""
+    """Give every group its rate for the step after that part of the run. Returns the rate at scale 1."""
     lr = config.lr * rate(part, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
@@ -66,8 +63,7 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with "matrices": True are taken with Muon's steps; the others are AdamW's own.
 
     A convolution's weights are the matrix (out, in*kh*kw). A step is as long as AdamW's would be: 0.2 for
-    every weight in the root mean square (Liu and others, 2025), so both share a learning rate and weight
-    decay.
+    every weight in the root mean square (Liu and others, 2025), so both share learning rate and weight decay.
     """
 
     @torch.no_grad()
@@ -99,12 +95,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalised(X):
-    """Matrices X (n, r, c) -> U V^T of their singular value decompositions U S V^T, to within the quintic's
-    0.68 to 1.21.
+    """Matrices X (n, r, c) -> U V^T of their decompositions U S V^T, to within the quintic's 0.68 to 1.21.
 
     The Newton-Schulz iteration X <- (A + B XX^T + C (XX^T)^2) X, carried out on XX^T of the smaller side: all
-    its factors are polynomials of the same matrix, so X itself is needed at the ends only. A matrix of zeros
-    stays one.
+    its factors are polynomials of the same matrix, so X is needed at the ends only. Zeros stay zeros.
     """
     if X.shape[1] > X.shape[2]:
         return orthogonalised(X.mT).mT

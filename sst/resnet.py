@@ -1,7 +1,6 @@
 """The backbone: ResNet-50/101 (He et al. 2016) in its v1.5 form, whose parameters bear torchvision's names.
 
-v1.5 puts a block's stride in its 3x3 convolution. With those names and strides the public ImageNet files load
-unchanged.
+v1.5 puts a block's stride in its 3x3 convolution. So the public ImageNet files load unchanged.
 """
 
 import torch
@@ -68,8 +67,7 @@ class ResNet(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        # batches of four are too small to replace the statistics of ImageNet (as DETR and Mask2Former)
-        if self.frozen:
+        if self.frozen:  # batches of four are too small to replace ImageNet's statistics (as DETR, Mask2Former)
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()

@@ -1,4 +1,4 @@
-"""The life of a run: settings, folder, log and lock, what is trained, how it goes on, what may change meanwhile.
+"""The life of a run: settings, folder, log and lock, what is trained, how it goes on, what may change.
 
 A run's folder holds config.json, log.jsonl, the checkpoints (sst/checkpoint.py) and at the end two pictures.
 What a run promises is in docs/reliability.md.
@@ -134,8 +134,7 @@ def stages(config):
 
 
 def begun(folder, config):
-    """The weights of the losses of a source that a resumed run has begun: runs of earlier versions had the
-    preset's."""
+    """The losses' weights of a source that a resumed run has begun: earlier versions had the preset's."""
     file = Path(folder) / "config.json"
     if not config.resume or not file.is_file():
         return {}

@@ -54,8 +54,7 @@ class Universal(nn.Module):
 
     @torch.no_grad()
     def represent(self, images, labels):
-        """{domain: (S, X)} of images that are labelled in none of its domains: its own heads' argmax is
-        delta.
+        """{domain: (S, X)} of images that are labelled in none of its domains: delta is its heads' argmax.
 
         labels (B, H, W) int64 of any domain: only what they ignore counts.
         """
@@ -85,8 +84,7 @@ class Dedicated(Universal):
 
 
 def padded(images, labels):
-    """A batch at sides that STRIDE divides, so that every map lies exactly on the labels. What is added is
-    ignored."""
+    """A batch at sides that STRIDE divides, so that every map lies on the labels. What is added is ignored."""
     h, w = labels.shape[-2:]
     if h % STRIDE == 0 and w % STRIDE == 0:
         return images, labels
