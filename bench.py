@@ -6,9 +6,9 @@
 
 Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from
 the same run. The packages torch-ms-deform-attn (the operator, compiled) and transformers (Mask2Former,
-SegFormer) are measured beside it where they are installed. On a GPU the operator gets 8 images, in float32
-and in bfloat16, and its forward's GB/s (inputs read and output written, once each) stand beside the rate at
-which the GPU copies.
+SegFormer) are measured beside it where they are installed. On a GPU operator and network are measured in
+float32 and in bfloat16. There the operator gets 8 images, and its forward's GB/s (inputs read and output
+written, once each) stand beside the rate at which the GPU copies.
 """
 
 import argparse
@@ -105,9 +105,13 @@ def operators(device):
     return calls
 
 
+def dtypes(device):
+    return ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
+
+
 def bench_operator(device, rounds):
     result = {}
-    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+    for dtype in dtypes(device):
         tensors = operator_inputs(device, getattr(torch, dtype))
         out = deform_attn(tensors[0], PHOTO, *tensors[1:])
         G = torch.randn_like(out)
@@ -163,31 +167,42 @@ def peak_resident():
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def bench_network(device, rounds):
-    """Inference, and a training step without SST, of one image, random weights; inference of the peers."""
+def bench_network(device, rounds, networks):
+    """Inference, and a training step without SST, of one image, random weights; inference of the peers.
+
+    bfloat16 is that of autocast, as train.py has it.
+    """
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
     image = torch.rand(1, 3, SIDE, SIDE, device=device)
     ours = image.to(memory_format=torch.channels_last)
     label = torch.zeros(1, SIDE, SIDE, dtype=torch.int64, device=device)
     nets = {arch: ParsingNet(domains, arch).to(device, memory_format=torch.channels_last)
-            for arch in NETWORKS}
+            for arch in networks}
     others = {name: net.to(device).eval() for name, net in peers().items()}
 
     @torch.no_grad()
-    def infer(net, image):
-        net.eval()(image)
+    def infer(net, image, autocast):
+        with autocast():
+            net.eval()(image)
 
-    def train(net):
+    def train(net, autocast):
         net.train()
-        H = net.features(ours)[-1]
-        sum(L_seg(head(H), label) for head in net.heads.values()).backward()
+        with autocast():
+            H = net.features(ours)[-1]
+            loss = sum(L_seg(head(H), label) for head in net.heads.values())
+        loss.backward()
 
-    inference = {name: lambda net=net: infer(net, ours) for name, net in nets.items()} | {
-        name: lambda net=net: infer(net, image) for name, net in others.items()}
-    result = {name: {"inference ms": 1000 * seconds} for name, seconds in medians(inference, rounds).items()}
-    steps = medians({name: lambda net=net: train(net) for name, net in nets.items()}, rounds)
-    return {name: row | {"training step ms": 1000 * steps[name] if name in steps else None}
-            for name, row in result.items()}
+    result = {}
+    for dtype in dtypes(device):
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        inference = {name: partial(infer, net, ours, autocast) for name, net in nets.items()} | {
+            name: partial(infer, net, image, autocast) for name, net in others.items()}
+        inference = medians(inference, rounds)
+        steps = medians({name: partial(train, net, autocast) for name, net in nets.items()}, rounds)
+        for name, seconds in inference.items():
+            result[f"{name}, {dtype}"] = {"inference ms": 1000 * seconds,
+                                          "training step ms": 1000 * steps[name] if name in steps else None}
+    return result
 
 
 def peers():
@@ -250,6 +265,7 @@ def main():
     p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=__doc__)
     p.add_argument("--only", choices=["operator", "network", "step"], help="one table")
+    p.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="rows of network (all)")
     p.add_argument("--rounds", type=int, default=9, help="turns whose median is taken (9)")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     p.add_argument("--json", action="store_true", help="print one object")
@@ -263,7 +279,8 @@ def main():
     if device.type == "cuda":
         about["copy GB/s"] = round(copy_rate())
     results = {"about": about}
-    for name, bench in (("operator", bench_operator), ("network", bench_network), ("step", bench_step)):
+    network = partial(bench_network, networks=args.networks)
+    for name, bench in (("operator", bench_operator), ("network", network), ("step", bench_step)):
         if args.only in (None, name):
             results[name] = bench(device, args.rounds)
             if not args.json:

@@ -31,7 +31,7 @@ def test_every_table_is_printed(tiny, capsys):
     lines = capsys.readouterr().out.splitlines()
     titles = [line.split()[0] for line in lines if line.endswith(("MiB", "step ms", "ratio"))]
     assert titles == ["operator", "network", "step"]
-    for row in ("embedding_bag, float32", "grid_sample, float32", "small", "demo: small, 3 x 64x64"):
+    for row in ("embedding_bag, float32", "grid_sample, float32", "small, float32", "demo: small, 3 x 64x64"):
         assert sum(line.startswith(row) and float(line.split()[-1]) > 0 for line in lines) == 1, row
 
 
@@ -41,6 +41,18 @@ def test_json_is_one_object(tiny, capsys):
     assert set(results) == {"about", "step"}
     row = results["step"]["demo: small, 3 x 64x64"]
     assert row["ratio"] == pytest.approx(row["with SST ms"] / row["without SST ms"])
+
+
+def test_the_network_is_measured_in_every_dtype_of_a_gpu(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "dtypes", lambda device: ("float32", "bfloat16"))
+    seen, L_seg = [], bench.L_seg
+    monkeypatch.setattr(bench, "L_seg", lambda A, label: seen.append(A.dtype) or L_seg(A, label))
+    monkeypatch.setattr(bench, "NETWORKS", ("small", "r50"))
+    tiny("--json", "--only", "network", "--networks", "small")
+    rows = json.loads(capsys.readouterr().out)["network"]
+    assert list(rows) == ["small, float32", "small, bfloat16"]
+    assert all(value > 0 for row in rows.values() for value in row.values())
+    assert set(seen) == {torch.float32, torch.bfloat16}
 
 
 def test_the_tables_leave_a_dash_where_nothing_is_measured():
