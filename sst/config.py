@@ -1,4 +1,4 @@
-"""The settings of a run, one row each: from it come its flag, its presets, its checks and its line of --help."""
+"""The settings of a run, a row each: its flag, its presets, its checks and its help come from it."""
 
 import argparse
 import os

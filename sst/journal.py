@@ -140,7 +140,7 @@ class Journal:
                              f"diverged; lower --lr {self.config.lr:g} or set --clip 1")
 
     def times(self):
-        """Since the start: seconds, images a second. Since the last line: seconds of a step, and of waiting in it.
+        """Since the start: seconds, images a second. Since the last line: seconds a step, and of waiting.
 
         And the peak memory in GiB.
         """
@@ -165,7 +165,7 @@ class Journal:
                    f"{clock(elapsed / done * (steps - step))} left")
 
     def validation(self, results, skipped):
-        """Print and log {domain: scores}; skipped: sentences. Returns the mean mIoU of the domains in percent."""
+        """Print and log {domain: scores}; skipped: sentences. Returns the mean mIoU in percent."""
         self.unreadable(list(enumerate(skipped)), "validation went on without it")
         miou = {name: result["miou"] for name, result in results.items()}
         mean = sum(miou.values()) / len(miou)

@@ -67,7 +67,7 @@ class ResNet(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen:  # batches of four are too small to replace ImageNet's statistics (as DETR, Mask2Former)
+        if self.frozen:  # batches of four are too small to replace ImageNet's statistics (as in DETR)
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()

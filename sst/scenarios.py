@@ -84,7 +84,7 @@ class Dedicated(Universal):
 
 
 def padded(images, labels):
-    """A batch at sides that STRIDE divides, so that every map lies on the labels. What is added is ignored."""
+    """A batch at sides that STRIDE divides, so that all maps lie on the labels. What is added is ignored."""
     h, w = labels.shape[-2:]
     if h % STRIDE == 0 and w % STRIDE == 0:
         return images, labels
