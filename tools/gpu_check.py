@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sst.domains import builtin_domain
-from sst.figures import Figures
+from figures import Figures
 
 DOMAINS = ("pascal", "atr", "cihp")
 
