@@ -1,6 +1,6 @@
 """Pictures that only the notebooks show: panels, matrices, the graph of a body, sampling points, timings.
 
-A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where a picture is drawn.
+A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where it is needed.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ def panel(pictures, titles, domains=None, columns=None, width=2.0):
     """Pictures side by side with a title each, as a PIL image.
 
     pictures: (H, W, 3) uint8, or (H, W) class ids where the same place of `domains` holds their LabelDomain:
-    those are coloured, and the names of their classes stand below. columns: pictures a row. width: of one
-    picture, in inches.
+    those are coloured, and the names of their classes stand below.
+    columns: pictures a row. width: of one picture, in inches.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -210,8 +210,8 @@ def sampling_points(image, chosen, reference, locations, weights):
 def heat_map(matrix, title, xlabel="", ylabel="", lines=(), path=None):
     """A matrix as a picture, dark where it is large; a PIL image.
 
-    lines: rows and columns before which a line is drawn, such as the first of each level. path: (n, 2) places
-    x, y drawn over it.
+    lines: rows and columns before which a line is drawn, such as the first of each level.
+    path: (n, 2) places x, y drawn over it.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5.2, 4.4), dpi=100, layout="constrained")

@@ -1,5 +1,5 @@
-"""torch.compile on a CPU: the operator and the network give what they give without it, and a machine without
-a compiler is told so."""
+"""torch.compile on a CPU: the operator and the network give what they give without it,
+and a machine without a compiler is told so."""
 
 import os
 import subprocess
@@ -26,7 +26,8 @@ def compiler():
 def assert_equal_with_gradients(one, two, tensors):
     g = torch.Generator().manual_seed(1)
     G = torch.randn(two.shape, generator=g, dtype=two.dtype)
-    for a, b in zip([one, *torch.autograd.grad(one, tensors, G)], [two, *torch.autograd.grad(two, tensors, G)], strict=True):
+    gradients_one, gradients_two = torch.autograd.grad(one, tensors, G), torch.autograd.grad(two, tensors, G)
+    for a, b in zip([one, *gradients_one], [two, *gradients_two], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
 
 
@@ -42,8 +43,8 @@ def test_the_operator_in_one_graph(compiler):
     shapes = [(8, 6), (4, 3)]
     value, locations, weights = inputs(2, shapes)
     compiled = torch.compile(deform_attn, fullgraph=True)
-    assert_equal_with_gradients(compiled(value, shapes, locations, weights), deform_attn(value, shapes, locations, weights),
-                                (value, locations, weights))
+    assert_equal_with_gradients(compiled(value, shapes, locations, weights),
+                                deform_attn(value, shapes, locations, weights), (value, locations, weights))
     with torch.no_grad():
         locations[0, 3], locations[1, 4] = torch.nan, 1e30  # nothing outside V may be read for them
     out = compiled(value, shapes, locations, weights)
@@ -59,20 +60,22 @@ def test_the_operator_at_any_size(compiler):
     for B, shapes in ((2, [(8, 6), (4, 3)]), (3, [(5, 7), (3, 4)])):
         value, locations, weights = inputs(B, shapes)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(value, shapes, locations, weights), deform_attn(value, shapes, locations, weights))
+            torch.testing.assert_close(compiled(value, shapes, locations, weights),
+                                       deform_attn(value, shapes, locations, weights))
 
 
 def test_the_network(compiler):
     torch.manual_seed(0)
     net = ParsingNet({"pascal": 7}, "small").eval()
     images = torch.rand(2, 3, 64, 96)
-    for one, two in zip(torch.compile(net.features, dynamic=False)(images), net.features(images), strict=True):
+    compiled = torch.compile(net.features, dynamic=False)
+    for one, two in zip(compiled(images), net.features(images), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
 def test_training_without_a_compiler_says_so_and_goes_on(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--mode", "universal", "--compile", "--steps", "2", "--batch-size", "3",
-               "--validations", "0", "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / "train.py", "--mode", "universal", "--compile", "--steps", "2",
+               "--batch-size", "3", "--validations", "0", "--out", tmp_path / "run"]
     environment = os.environ | {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

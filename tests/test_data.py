@@ -147,7 +147,7 @@ def test_builtin_clothing_co_parsing_uses_the_committed_lists(tmp_path):
     assert [path.stem for path in open_dataset("ccp-coarse", tmp_path).images] == ids
 
 
-# Bad input ----------------------------------------------------------------------------------------------
+# Bad input --------------------------------------------------------------------------------------------------
 
 
 def pascal(tmp_path):

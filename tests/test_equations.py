@@ -1,8 +1,8 @@
 """The paper's equations 1 to 13, each against numbers worked out with a pencil.
 
 Inputs are small integers. Softmaxes come out as fractions because their logits are 0 or ln 3: e^(ln 3) = 3,
-so that (ln 3, 0) gives (3/4, 1/4) and (ln 3, 0, 0) gives (3/5, 1/5, 1/5). Where attention is not uniform D =
-4, so that sqrt(D) = 2.
+so that (ln 3, 0) gives (3/4, 1/4) and (ln 3, 0, 0) gives (3/5, 1/5, 1/5). Where attention is not uniform,
+D = 4, so that sqrt(D) = 2.
 """
 
 from math import log
@@ -19,7 +19,8 @@ I4 = torch.eye(4)
 
 
 def close(found, expected):
-    torch.testing.assert_close(torch.as_tensor(found), torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+    expected = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def rows(*values):
@@ -89,8 +90,8 @@ def test_balanced_eq1_gives_small_classes_their_weight_by_hand():
 
 
 def test_eq1_upsamples_the_logits_to_the_label_map():
-    # Two pixels to four: centres 1/4 apart from theirs, so (0, 4) becomes (0, 1, 3, 4). Here in units of ln
-    # 3, against 0: the probabilities of class 0 are 1/2, 3/4, 27/28, 81/82.
+    # Two pixels to four: centres 1/4 apart from theirs, so (0, 4) becomes (0, 1, 3, 4).
+    # Here in units of ln 3, against 0: the probabilities of class 0 are 1/2, 3/4, 27/28, 81/82.
     A = image((0, 0), (4 * LN3, 0))
     close(L_seg(A, labels(0, 0, 0, 0)), (log(2) + log(4 / 3) + log(28 / 27) + log(82 / 81)) / 4)
 
@@ -99,15 +100,15 @@ def test_eq1_upsamples_the_logits_to_the_label_map():
 
 def test_eq2_3_4_mean_and_maximum_of_every_region_joined_by_W_s():
     msa = MSA(num_classes=3, dim=2)
-    # W_s is 2D x D: rows for the two means, then rows for the two maxima. S = ave + 10 max, and the first
-    # mean also times 2 into the second channel.
+    # W_s is 2D x D: rows for the two means, then rows for the two maxima.
+    # S = ave + 10 max, and the first mean also times 2 into the second channel.
     weigh(msa.W_s, [[1, 2], [0, 1], [10, 0], [0, 10]])
     H = torch.cat([image((1, -5), (3, -7), (4, 2), (99, 99)),
                    image((6, 0), (7, 1), (-1, -1), (-4, -4))])
     delta = torch.tensor([[[0, 0, 1, 255]], [[2, 2, 255, 1]]])
     close(msa([H], [delta])[0], [
-        # image 1. class 0: ave (2, -6), max (3, -5): (2 + 30, 2*2 - 6 - 50); class 1: (4 + 40, 8 + 2 + 20);
-        # class 2: empty
+        # image 1. class 0: ave (2, -6), max (3, -5): (2 + 30, 2*2 - 6 - 50);
+        # class 1: (4 + 40, 8 + 2 + 20); class 2: empty
         [[32.0, -52], [44, 30], [0, 0]],
         # image 2. class 0: empty; class 1: the one pixel (-4, -4); class 2: ave (6.5, 0.5), max (7, 1)
         [[0, 0], [-4 - 40, -8 - 4 - 40], [6.5 + 70, 13 + 0.5 + 10]]])
@@ -118,8 +119,8 @@ def test_eq3_gradient_goes_to_the_pixel_that_is_the_maximum():
     weigh(msa.W_s, [[3], [1]])  # S = 3 ave + max
     H = image([-5], [-2], [7], [50]).requires_grad_()
     msa([H], [labels(0, 0, 1, 255)])[0].sum().backward()
-    # class 0: 3/2 of the mean to each of two pixels, and 1 of the maximum to the -2; class 1: 3 + 1; the
-    # ignored pixel: 0
+    # class 0: 3/2 of the mean to each of two pixels, and 1 of the maximum to the -2;
+    # class 1: 3 + 1; the ignored pixel: 0
     close(H.grad.flatten(), [1.5, 2.5, 4, 0])
 
 
@@ -156,8 +157,9 @@ def test_eq5_three_layers_of_semantic_propagation():
     # Q = X_0, K = ln 3 S_1: Q K^T / 2 = [[ln 3, 0], [0, 0]], softmax [[3/4, 1/4], [1/2, 1/2]]; V = 4 S_1
     # class 0: 3/4 (4,0,0,0) + 1/4 (0,0,4,0) = (3,0,1,0), + X_0;  class 1: (2,0,2,0), + X_0
     close(X[1], [[[5.0, 0, 1, 0], [2, 2, 2, 0]]])
-    # Q = third channel of X_1 = 1 and 2: Q K^T / 2 = [[ln 3, 0], [2 ln 3, 0]], softmax [[3/4, 1/4], [9/10,
-    # 1/10]] V = 40 S_2. Class 0: (30,0,0,10) + X_1;  class 1: (36,0,0,4) + X_1
+    # Q = third channel of X_1 = 1 and 2: Q K^T / 2 = [[ln 3, 0], [2 ln 3, 0]],
+    # softmax [[3/4, 1/4], [9/10, 1/10]]; V = 40 S_2
+    # class 0: (30,0,0,10) + X_1;  class 1: (36,0,0,4) + X_1
     close(X[2], [[[35.0, 0, 1, 10], [38, 2, 2, 4]]])
     # Q = 0: both softmax rows are (1/2, 1/2), V = 2 S_3, so (1,2,3,4) + (5,6,7,8) comes to both
     close(X[3], [[[41.0, 8, 11, 22], [44, 10, 12, 16]]])
@@ -165,11 +167,10 @@ def test_eq5_three_layers_of_semantic_propagation():
 
 def test_eq6_the_mask_multiplies_after_the_softmax_and_rows_are_not_renormalised():
     X = mse_by_hand(torch.eye(2))
-    # class 0: 3/4 (4,0,0,0) = (3,0,0,0), where a renormalised row or a mask before the softmax would give
-    # (4,0,0,0)
+    # class 0: 3/4 (4,0,0,0) = (3,0,0,0); a renormalised row, or a mask before the softmax, gives (4,0,0,0)
     close(X[1], [[[5.0, 0, 0, 0], [0, 2, 2, 0]]])
-    # Q = third channel of X_1 = 0 and 2: softmax [[1/2, 1/2], [9/10, 1/10]]; diagonal: 1/2 (40,0,0,0) and
-    # 1/10 (0,0,0,40)
+    # Q = third channel of X_1 = 0 and 2: softmax [[1/2, 1/2], [9/10, 1/10]];
+    # diagonal: 1/2 (40,0,0,0) and 1/10 (0,0,0,40)
     close(X[2], [[[25.0, 0, 0, 0], [0, 2, 2, 4]]])
     close(X[3], [[[26.0, 2, 3, 4], [5, 8, 9, 12]]])  # halves of V = 2 S_3: (1,2,3,4) and (5,6,7,8)
 
@@ -186,7 +187,8 @@ def test_eq7_is_the_dot_product_of_pixels_and_representations():
     X_L = rows((1, 0), (0, 1), (2, 10))[None]
     A_aux = MSE.auxiliary(F, X_L)  # pixel 1: 1, 2, 2 + 20; pixel 2: -3, 5, -6 + 50
     close(A_aux, [[[[1.0, -3]], [[2, 5]], [[22, 44]]]])
-    close(L_aux(MSE.auxiliary(LN3 * image((1, 0), (0, 0)), rows((1, 7), (0, 9))[None]), labels(1, 0)), (log(4) + log(2)) / 2)
+    A_aux = MSE.auxiliary(LN3 * image((1, 0), (0, 0)), rows((1, 7), (0, 9))[None])
+    close(L_aux(A_aux, labels(1, 0)), (log(4) + log(2)) / 2)
 
 
 def test_eq7_takes_the_finest_map_and_the_last_representations():
@@ -215,9 +217,10 @@ X_2 = rows((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
 def mst_by_hand(static, l):
     """Q the identity, K = ln 3 X, V_1 = 4 X_1, V_2 = 5 X_2 at level l, and random maps at all others.
 
-    1->2: Q K^T / 2 = ln 3 [[1, 0], [0, 1], [0, 0]], softmax [[3/4, 1/4], [1/4, 3/4], [1/2, 1/2]], V_1 = 8 e1,
-    8 e2 2->1: Q K^T / 2 = ln 3 [[1, 0, 0], [0, 1, 0]], softmax [[3/5, 1/5, 1/5], [1/5, 3/5, 1/5]], V_2 = 5
-    e1, 5 e2, 5 e3
+    1->2: Q K^T / 2 = ln 3 [[1, 0], [0, 1], [0, 0]], softmax [[3/4, 1/4], [1/4, 3/4], [1/2, 1/2]],
+          V_1 = 8 e1, 8 e2
+    2->1: Q K^T / 2 = ln 3 [[1, 0, 0], [0, 1, 0]], softmax [[3/5, 1/5, 1/5], [1/5, 3/5, 1/5]],
+          V_2 = 5 e1, 5 e2, 5 e3
     """
     mst = MST(static, dim=4)
     weigh(mst.QKV_1[str(l)], torch.cat([I4, LN3 * I4, 4 * I4], dim=1))  # side by side: Q | K | V
@@ -230,8 +233,8 @@ def test_eq8_M_static_multiplies_after_the_softmax_in_both_directions():
     to_2, to_1 = mst.dataset_level(X_1, X_2)
     # class 0: 3/4 * 1 * 8 and 1/4 * 1/2 * 8; class 1: 0 and 3/4 * 1 * 8; class 2: 1/2 * 1/4 * 8 and 0
     close(to_2, [[6.0, 1, 0, 0], [0, 6, 0, 0], [1, 0, 0, 0]])
-    # class 0, mask (1, 0, 1/4): 3/5 * 5, 0, 1/5 * 1/4 * 5; class 1, mask (1/2, 1, 0): 1/5 * 1/2 * 5, 3/5 * 5,
-    # 0
+    # class 0, mask (1, 0, 1/4): 3/5 * 5, 0, 1/5 * 1/4 * 5;
+    # class 1, mask (1/2, 1, 0): 1/5 * 1/2 * 5, 3/5 * 5, 0
     close(to_1, [[3.0, 0, 0.25, 0], [0.5, 3, 0, 0]])
 
 
@@ -253,10 +256,10 @@ def test_eq9_M_dynamic_is_worked_out_from_the_two_images():
     W_2[0, 0], W_2[1, 1] = 1, 5
     weigh(mst.W_1["2"], W_1), weigh(mst.W_2["2"], W_2)
     S_1 = rows((1, 0, 0, 0), (0, 1, 0, 0))  # S_1 W_1 = (0, 2), (3, 0)
-    # S_2 W_2 = (1, 5), (0, 5), (0, 0): class 2 is absent
-    S_2 = rows((1, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0))
+    S_2 = rows((1, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0))  # S_2 W_2 = (1, 5), (0, 5), (0, 0): no class 2
     # M_dynamic = [[5 * 2, 1 * 3], [5 * 2, 0], [0, 0]] = [[10, 3], [10, 0], [0, 0]], 3 x 2
-    to_2, to_1 = (mapped[1] for mapped in mst.image_level(*(torch.stack([torch.ones_like(x), x, 9 * x]) for x in (X_1, X_2, S_1, S_2))))
+    levels = [torch.stack([torch.ones_like(x), x, 9 * x]) for x in (X_1, X_2, S_1, S_2)]
+    to_2, to_1 = (mapped[1] for mapped in mst.image_level(*levels))
     # class 0: 3/4 * 10 * 8 and 1/4 * 3 * 8; class 1: 1/4 * 10 * 8 and 0; class 2: 0
     close(to_2, [[60.0, 6, 0, 0], [20, 0, 0, 0], [0, 0, 0, 0]])
     # class 0, mask (10, 10, 0): 3/5 * 10 * 5 and 1/5 * 10 * 5; class 1, mask (3, 0, 0): 1/5 * 3 * 5
@@ -277,8 +280,8 @@ def test_eq10_a_zero_row_counts_1_with_zero_gradient():
     loss = cosine_distance(X, mapped)
     close(loss, (1 + (1 - 15 / 25)) / 2)
     loss.backward()
-    # d cos(x, y) / dy = (x / |x| - cos y / |y|) / |y| = ((0.6, 0.8) - 0.6 (1, 0)) / 5 = (0, 0.16); half of
-    # it, downhill
+    # d cos(x, y) / dy = (x / |x| - cos y / |y|) / |y| = ((0.6, 0.8) - 0.6 (1, 0)) / 5 = (0, 0.16);
+    # half of it, downhill
     close(mapped.grad, [[0.0, 0], [0, -0.08]])
     # d cos(x, y) / dx = ((1, 0) - 0.6 (0.6, 0.8)) / 5 = (0.128, -0.096)
     close(X.grad, [[0.0, 0], [-0.064, 0.048]])
@@ -286,8 +289,8 @@ def test_eq10_a_zero_row_counts_1_with_zero_gradient():
 
 
 def uniform(sizes, **options):
-    """Q = 0, V = W = 1 in all of MST: 1->2 is the mean over z1 of M[z2, z1] X_1[z1], M_static = 1, M_dynamic
-    = S_2 S_1^T."""
+    """Q = 0, V = W = 1 in all of MST: 1->2 is the mean over z1 of M[z2, z1] X_1[z1],
+    M_static = 1, M_dynamic = S_2 S_1^T."""
     static = {(a, b): torch.ones(sizes[b], sizes[a]) for a in sizes for b in sizes}
     sst = SST([domain(name, Z) for name, Z in sizes.items()], dim=2, static=static, **options)
     I2 = torch.eye(2)
@@ -298,17 +301,17 @@ def uniform(sizes, **options):
 
 
 def test_eq11_averages_over_all_pairs_of_images_and_sums_over_the_scales():
-    # images a, b of domain 1; class 1 is absent everywhere
+    # Images a, b of domain 1 and c, d of domain 2. Class 1 is absent everywhere.
     S_1 = torch.stack([rows((1, 0), (0, 0)), rows((0, 1), (0, 0))])
-    S_2 = torch.stack([rows((1, 0), (0, 0)), rows((1, 1), (0, 0))])  # images c, d of domain 2
+    S_2 = torch.stack([rows((1, 0), (0, 0)), rows((1, 1), (0, 0))])
     X_1, X_2 = S_1 + rows((0, 0), (5, 5)), torch.stack([rows((1, 0), (5, 5)), rows((3, 4), (5, 5))])
     # M_dynamic[0, 0] = S_2[0] . S_1[0]: 1 for (a, c), (a, d), (b, d), 0 for (b, c). What is mapped is then
-    # the other image's row 0, or nothing (1 - cos = 1); row 1 is never mapped, and counts 1. (a, c): cos 1,
-    # (0 + 1)/2 twice   = 1        (b, c): nothing is mapped, (1 + 1)/2 twice = 2 (a, d): cos 3/5, (2/5 + 1)/2
-    # twice = 1.4      (b, d): cos 4/5, (1/5 + 1)/2 twice         = 1.2
+    # the other image's row 0, or nothing (1 - cos = 1). Row 1 is never mapped, and counts 1.
+    # (a, c): cos 1,   (0 + 1)/2 twice   = 1        (b, c): nothing is mapped, (1 + 1)/2 twice = 2
+    # (a, d): cos 3/5, (2/5 + 1)/2 twice = 1.4      (b, d): cos 4/5, (1/5 + 1)/2 twice         = 1.2
     mean = (1 + 2 + 1.4 + 1.2) / 4
-    # at scale 2 nothing is mapped at all: 2
-    S = {"one": torch.stack([S_1, 0 * S_1, S_1]), "two": torch.stack([S_2, S_2, S_2])}
+    S = {"one": torch.stack([S_1, 0 * S_1, S_1]),  # at scale 2 nothing is mapped at all: 2
+         "two": torch.stack([S_2, S_2, S_2])}
     X = {"one": [None, X_1, X_1, X_1], "two": [None, X_2, X_2, X_2]}
     dataset, img = uniform({"one": 2, "two": 2}, scr="image").consistency("one", "two", S, X)
     close(img, mean + 2 + mean)
@@ -350,12 +353,14 @@ def test_eq12_weighs_the_terms_of_two_domains():
     assert L_u({"seg/a": 1, "seg/b": 2, "seg/c": 4, "aux/c": 3}) == 10 * 7 + 3
 
 
-@pytest.mark.parametrize("connect, dataset, img", [("full", 2 + 0.8 + 0.4, 3 * 6), ("progressive", 0.8 + 2, 2 * 6)])
+@pytest.mark.parametrize("connect, dataset, img", [
+    ("full", 2 + 0.8 + 0.4, 3 * 6), ("progressive", 0.8 + 2, 2 * 6)])
 def test_eq12_sums_over_three_domains_and_their_connected_pairs(connect, dataset, img):
     names = {"a": 3, "b": 4, "c": 2}
     sst = uniform(names, connect=connect)
-    # All rows of a domain are alike, so what MST maps (a mean of rows) has their direction. cos(a, b) = 0: 1
-    # + 1;  cos(a, c) = 3/5: 2/5 + 2/5;  cos(b, c) = 4/5: 1/5 + 1/5. Coarse to fine: c - a - b.
+    # All rows of a domain are alike, so what MST maps (a mean of rows) has their direction.
+    # cos(a, b) = 0: 1 + 1;  cos(a, c) = 3/5: 2/5 + 2/5;  cos(b, c) = 4/5: 1/5 + 1/5.
+    # Coarse to fine: c - a - b.
     with torch.no_grad():
         for name, row in {"a": (1, 0), "b": (0, 1), "c": (3, 4)}.items():
             sst.mse[name].X_0.copy_(rows(row).expand(names[name], 2))

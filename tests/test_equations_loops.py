@@ -1,9 +1,8 @@
-"""The modules against slow loops over images, classes, pixels and pairs of images, written straight from the
-equations.
+"""The modules against slow loops over images, classes, pixels and pairs, written straight from the equations.
 
-The loops share nothing with the library: vectors are 1-D float64 tensors, all else is plain Python. The
-inputs are random: absent classes, ignored pixels, domains that take turns in the batch, maps that are neither
-square nor multiples of 16.
+The loops share nothing with the library: vectors are 1-D float64 tensors, all else is plain Python.
+The inputs are random: absent classes, ignored pixels, domains that take turns in the batch,
+maps that are neither square nor multiples of 16.
 """
 
 import math
@@ -33,10 +32,13 @@ def close(found, expected):
 # The loops
 
 def times(x, weight):
-    """x W: entry k of the result is the sum over j of x[j] W[j, k], and a linear layer stores W[j, k] as
-    weight[k, j]."""
+    """x W: entry k of the result is the sum over j of x[j] W[j, k].
+
+    A linear layer stores W[j, k] as weight[k, j].
+    """
     x = x.tolist()
-    return torch.tensor([sum(x[j] * row[j] for j in range(len(x))) for row in weight.tolist()], dtype=torch.float64)
+    xW = [sum(x[j] * row[j] for j in range(len(x))) for row in weight.tolist()]
+    return torch.tensor(xW, dtype=torch.float64)
 
 
 def softmax(logits):
@@ -93,7 +95,8 @@ def transfer(l, mst, X_1, X_2, mask):
 
 def dynamic(l, mst, S_1, S_2):
     """M_dynamic_l of a pair of images as a function of (z2, z1)."""
-    left, right = [times(s, mst.W_2[str(l)].weight) for s in S_2], [times(s, mst.W_1[str(l)].weight) for s in S_1]
+    left = [times(s, mst.W_2[str(l)].weight) for s in S_2]
+    right = [times(s, mst.W_1[str(l)].weight) for s in S_1]
     return lambda z2, z1: float(left[z2] @ right[z1])
 
 
@@ -107,8 +110,10 @@ def differ(X, mapped):
 
 
 def image_level(one, two, S, X, mst):
-    """Eq. 11: the mean over all pairs of images of the sum over the scales; S[name], X[name] hold one entry
-    per image."""
+    """Eq. 11: the mean over all pairs of images of the sum over the scales.
+
+    S[name], X[name] hold one entry per image.
+    """
     total = 0
     for a, b in product(range(len(S[one])), range(len(S[two]))):
         for l in (1, 2, 3):
@@ -119,8 +124,10 @@ def image_level(one, two, S, X, mst):
 
 
 def upsampled(A, i, j, H, W):
-    """The logits of pixel (i, j) of an H x W image from A (Z, h, w): bilinear between centres, constant
-    beyond the last."""
+    """The logits of pixel (i, j) of an H x W image from A (Z, h, w).
+
+    They are bilinear between centres and constant beyond the last.
+    """
     h, w = A.shape[1:]
     y, x = max((i + 0.5) * h / H - 0.5, 0), max((j + 0.5) * w / W - 0.5, 0)
     top, left = int(y), int(x)
@@ -145,8 +152,10 @@ def cross_entropy(A, Y, balance=0):
 # Inputs
 
 def label_maps(images, Z, seed=0, height=HEIGHT, width=WIDTH):
-    """Label maps of large blocks, the last class absent from the odd ones, a tenth of the pixels and some
-    blocks ignored."""
+    """Label maps of large blocks, the last class absent from the odd ones.
+
+    A tenth of the pixels and some blocks are ignored.
+    """
     random = torch.Generator().manual_seed(seed)
     maps = []
     for b in range(images):
@@ -200,10 +209,11 @@ def test_mse_equals_the_loops_with_and_without_a_mask():
 def test_mst_equals_the_loops_at_every_level_and_for_every_pair_of_images():
     M_static = rand(4, 3, seed=9)  # Z_2 = 4, Z_1 = 3
     mst = randomise(MST(M_static, D))
-    X_1, X_2, S_1, S_2 = rand(3, 2, 3, D, seed=1), rand(3, 3, 4, D, seed=2), rand(3, 2, 3, D, seed=3), rand(3, 3, 4, D, seed=4)
+    X_1, X_2 = rand(3, 2, 3, D, seed=1), rand(3, 3, 4, D, seed=2)
+    S_1, S_2 = rand(3, 2, 3, D, seed=3), rand(3, 3, 4, D, seed=4)
     S_2[:, 1, 2] = 0  # a class that image lacks
-    for found, expected in zip(mst.dataset_level(X_1[0, 0], X_2[0, 0]),
-                               transfer(0, mst, X_1[0, 0], X_2[0, 0], lambda z2, z1: float(M_static.float()[z2, z1]))):
+    mapped = transfer(0, mst, X_1[0, 0], X_2[0, 0], lambda z2, z1: float(M_static.float()[z2, z1]))
+    for found, expected in zip(mst.dataset_level(X_1[0, 0], X_2[0, 0]), mapped):
         close(found, torch.stack(expected))
     to_2, to_1 = mst.image_level(X_1[:, :, None], X_2[:, None], S_1[:, :, None], S_2[:, None])
     for l, a, b in product((1, 2, 3), range(2), range(3)):
@@ -256,15 +266,16 @@ def by_loops(sst, pairs, H, labels, logits, regions, intra_mask):
     for i, Z in enumerate(CLASSES):
         images = [b for b, d in enumerate(DOMAIN) if d == i]
         S[i], X[i], A_aux = [], [], []
-        M_intra = [[1 if intra_mask == "none" or a == b or (min(a, b) > 0 and abs(a - b) == 1) else 0 for b in range(Z)]
-                   for a in range(Z)]
+        touch = lambda a, b: intra_mask == "none" or a == b or (min(a, b) > 0 and abs(a - b) == 1)
+        M_intra = [[1 if touch(a, b) else 0 for b in range(Z)] for a in range(Z)]
         for n, b in enumerate(images):
             S[i].append([])
             for l, (h, w) in enumerate(SIZES):
                 delta = at_centres(labels[b].tolist(), h, w)
                 if regions == "prediction":
                     guess = at_centres(logits[str(i)][n].max(dim=0).indices.tolist(), h, w)
-                    delta = [[IGNORED if y == IGNORED else g for y, g in zip(*lines)] for lines in zip(delta, guess)]
+                    delta = [[IGNORED if y == IGNORED else g for y, g in zip(*lines)]
+                             for lines in zip(delta, guess)]
                 S[i][n].append(aggregate(H[l][b], delta, Z, sst.msa[str(i)].W_s))
             X[i].append(propagate(sst.mse[str(i)].X_0, S[i][n], sst.mse[str(i)], M_intra))
             A_aux.append(torch.stack([sum(x[d] * H[2][b, d] for d in range(D)) for x in X[i][n][3]]))
@@ -279,7 +290,8 @@ def by_loops(sst, pairs, H, labels, logits, regions, intra_mask):
 
 
 @pytest.mark.parametrize("connect", ["full", "progressive"])
-@pytest.mark.parametrize("regions, intra_mask", [("label", "body"), ("prediction", "body"), ("label", "none")])
+@pytest.mark.parametrize("regions, intra_mask", [
+    ("label", "body"), ("prediction", "body"), ("label", "none")])
 @torch.no_grad()
 def test_the_whole_equals_the_loops_whatever_is_asked_for(connect, regions, intra_mask):
     H, labels, logits = batch()
@@ -302,7 +314,8 @@ def test_the_whole_equals_the_loops_whatever_is_asked_for(connect, regions, intr
 # Gradients, against differences
 
 def gradients_agree(function, *inputs):
-    return torch.autograd.gradcheck(function, [x.detach().requires_grad_() for x in inputs], atol=1e-7, rtol=1e-5)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.gradcheck(function, inputs, atol=1e-7, rtol=1e-5)
 
 
 def test_gradients_of_msa_agree_with_differences():
@@ -314,7 +327,8 @@ def test_gradients_of_mse_and_mst_agree_with_differences():
     mse, mst = randomise(MSE(label_domain("a", 4).intra_mask(), 3)), randomise(MST(rand(2, 4), 3))
     assert gradients_agree(lambda S: mse(S)[3], rand(3, 2, 4, 3))
     assert gradients_agree(mst.dataset_level, rand(4, 3), rand(2, 3, seed=1))
-    assert gradients_agree(mst.image_level, rand(3, 4, 3), rand(3, 2, 3, seed=1), rand(3, 4, 3, seed=2), rand(3, 2, 3, seed=3))
+    X_1, X_2, S_1, S_2 = (rand(3, Z, 3, seed=seed) for seed, Z in enumerate((4, 2, 4, 2)))
+    assert gradients_agree(mst.image_level, X_1, X_2, S_1, S_2)
 
 
 def test_gradients_of_the_losses_agree_with_differences():
@@ -328,10 +342,12 @@ def test_gradients_of_the_losses_agree_with_differences():
 def test_gradients_of_the_whole_agree_with_differences():
     H, labels, logits = batch()
     sst = build()
-    names, weights = zip(*[(n, p) for n, p in sst.named_parameters() if n.startswith(("mse.1.X_0", "msa.1", "mst.0:1.W_1"))])
+    some = ("mse.1.X_0", "msa.1", "mst.0:1.W_1")
+    names, weights = zip(*[(n, p) for n, p in sst.named_parameters() if n.startswith(some)])
 
     def total(H_1, H_3, *weights):
-        losses, _ = torch.func.functional_call(sst, dict(zip(names, weights)), ([H_1, H[1], H_3], labels, DOMAIN))
+        arguments = [H_1, H[1], H_3], labels, DOMAIN
+        losses, _ = torch.func.functional_call(sst, dict(zip(names, weights)), arguments)
         return sum(losses.values())
     inputs = [x.detach().requires_grad_() for x in (H[0], H[2], *weights)]
     assert torch.autograd.gradcheck(total, inputs, atol=1e-7, rtol=1e-5, fast_mode=True)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
 
 
-# Metrics ------------------------------------------------------------------------------------------------
+# Metrics ----------------------------------------------------------------------------------------------------
 
 
 def test_a_matrix_of_a_head_with_other_classes_by_hand():
@@ -42,8 +42,8 @@ def test_a_matrix_of_a_head_with_other_classes_by_hand():
 
 
 def test_no_class_is_a_wrong_prediction_by_hand():
-    # truth 0: 2 hits. truth 1: one pixel as 0, 2 hits, one as no class. IoU 2/(2+3-2) and 2/(4+2-2), recall
-    # 2/2 and 2/4.
+    # truth 0: 2 hits. truth 1: one pixel as 0, 2 hits, one as no class.
+    # IoU 2/(2+3-2) and 2/(4+2-2), recall 2/2 and 2/4.
     result = scores(np.array([[2, 0, 0], [1, 2, 1]]))
     assert result["iou"] == pytest.approx([200 / 3, 50]) and result["accuracy"] == pytest.approx([100, 50])
     assert result["miou"] == pytest.approx(350 / 6) and result["mean_accuracy"] == pytest.approx(75)
@@ -58,7 +58,7 @@ def test_classes_left_out_count_in_no_mean_but_their_pixels_stay():
     assert result["absent"] == []
 
 
-# Whole evaluations --------------------------------------------------------------------------------------
+# Whole evaluations ------------------------------------------------------------------------------------------
 
 COARSE = {"name": "coarse", "classes": ["background", "person", "bag"]}
 TO_COARSE = {"background": "background", "left arm": "person", "right arm": None}
@@ -193,8 +193,8 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     result = json.loads(capsys.readouterr().out)
     figures = [Figures(d, 2 ** 31, 80, (64, 64)) for d in domains]
     validation = train.validate(net, figures, (64, 64), Place(0, 1, torch.device("cpu")))
-    assert {name: (r["miou"], r["mean_accuracy"]) for name, r in result.items()} == \
-        {name: (r["miou"], r["mean_accuracy"]) for name, r in validation.items()}
+    means = lambda scored: {name: (r["miou"], r["mean_accuracy"]) for name, r in scored.items()}
+    assert means(result) == means(validation)
     assert result["pascal"]["iou"]["head"] == validation["pascal"]["iou"][1]
 
 
@@ -223,7 +223,7 @@ def test_two_processes_score_as_one(tmp_path, capsys):
     assert 0 < json.loads(one)["pascal"]["miou"] < 100
 
 
-# What is refused ----------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -274,8 +274,8 @@ def test_one_sentence_for_what_cannot_be_scored(net, tmp_path, monkeypatch, flag
     (TO_COARSE | {"tail": None},
      "map.json: maps 'tail', which is no class of limbs; classes are background, left arm, right arm"),
     (TO_COARSE | {"left arm": "arm"},
-     "map.json: maps 'left arm' to 'arm', which is no class of coarse; use null or one of background, "
-     "person, bag"),
+     "map.json: maps 'left arm' to 'arm', which is no class of coarse; "
+     "use null or one of background, person, bag"),
     (TO_COARSE | {"left arm": 1}, "map.json: maps 'left arm' to 1, which is no class of coarse"),
 ], ids=str)
 def test_one_sentence_for_a_map_that_maps_nothing(tmp_path, change, message):

@@ -1,5 +1,4 @@
-"""Steps that are not finite, files that break while a run goes on, and flags beside --resume, in one
-process."""
+"""Steps that are not finite, files that break during a run, and flags beside --resume, in one process."""
 
 import json
 
@@ -26,8 +25,8 @@ def quick(monkeypatch):
 
 
 def spoil(monkeypatch, when, what=float("nan")):
-    """L_seg is `what` for ATR's images in those calls (one a step here): a loss that depends on labels alone
-    goes wrong."""
+    """L_seg is `what` for ATR's images in those calls (one a step here):
+    a loss that depends on labels alone goes wrong."""
     calls, L_seg = [0], scenarios.L_seg
 
     def spoiled(logits, labels, balance):
@@ -46,19 +45,24 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monkey
     """Step 3 of 4 changes nothing: weights, running statistics and optimiser are those after step 2."""
     spoil(monkeypatch, {3}, what)
     run(monkeypatch, *SHORT, "--steps", 4, "--validations", 0, "--save-every", 1, "--out", tmp_path / "run")
-    train_, skipped = ([line for line in lines(tmp_path / "run") if line["kind"] == kind] for kind in ("train", "skipped"))
-    assert [line["step"] for line in train_] == [1, 2, 4] and train_[-1]["skipped"] == {"steps": 1, "files": 0}
+    log = lines(tmp_path / "run")
+    train_, skipped = ([line for line in log if line["kind"] == kind] for kind in ("train", "skipped"))
+    assert [line["step"] for line in train_] == [1, 2, 4]
+    assert train_[-1]["skipped"] == {"steps": 1, "files": 0}
     (line,) = skipped
-    assert line["step"] == 3 and [name for name, value in line["loss"].items() if value is None] == ["seg/atr", "total"]
+    assert line["step"] == 3
+    assert [name for name, value in line["loss"].items() if value is None] == ["seg/atr", "total"]
     assert len(line["files"]) == 3 and all("figure" in name for name in line["files"])
     assert "step 3 skipped: not finite: seg/atr, total; images: " in capsys.readouterr().out
-    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text() and "Infinity" not in (tmp_path / "run" / "log.jsonl").read_text()
+    written = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in written and "Infinity" not in written
 
 
 def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, monkeypatch):
     spoil(monkeypatch, {3, 4})
     run(monkeypatch, *SHORT, "--steps", 4, "--validations", 0, "--save-every", 2, "--out", tmp_path / "run")
-    before, after = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("previous.pt", "last.pt"))
+    before, after = (torch.load(tmp_path / "run" / name, weights_only=True)
+                     for name in ("previous.pt", "last.pt"))
     assert (before["step"], after["step"]) == (2, 4)
     assert all(torch.equal(before["weights"][key], after["weights"][key]) for key in before["weights"])
     for key, state in before["optimizer"]["state"].items():
@@ -69,28 +73,32 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, monkeypatch):
 def test_only_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys):
     """A loss may be finite where its gradient is not: sqrt at 0."""
     L_seg = scenarios.L_seg
-    monkeypatch.setattr(scenarios, "L_seg", lambda logits, labels, balance: L_seg(logits, labels, balance) + (logits * 0).sum().sqrt())
+    monkeypatch.setattr(scenarios, "L_seg", lambda logits, labels, balance: (
+        L_seg(logits, labels, balance) + (logits * 0).sum().sqrt()))
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / "run")
     assert "step 1 skipped: not finite: the gradient; images: " in capsys.readouterr().out
 
 
 def test_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, {2, 4, 5, 6})
-    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: training "
-                                         "has diverged; lower --lr 0.01 or"):
-        run(monkeypatch, *SHORT, "--steps", 9, "--validations", 0, "--max-skips", 3, "--out", tmp_path / "run")
+    flags = [*SHORT, "--steps", 9, "--validations", 0, "--max-skips", 3, "--out", tmp_path / "run"]
+    with pytest.raises(InputError, match="step 6: seg/atr, total not finite for 3 steps in a row: "
+                                         "training has diverged; lower --lr 0.01 or"):
+        run(monkeypatch, *flags)
 
 
 def test_clipping_shortens_the_gradient(tmp_path, monkeypatch):
     norms, step = [], Muon.step
 
     def spy(self, *args, **kwargs):
-        norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]).item())
+        gradients = [p.grad for g in self.param_groups for p in g["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Muon, "step", spy)
     for flags in ([], ["--clip", "0.5"]):
-        run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / f"run{len(flags)}", *flags)
+        out = tmp_path / f"run{len(flags)}"
+        run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out, *flags)
     assert norms[0] > 5 and norms[1] == pytest.approx(0.5, rel=1e-3)
 
 
@@ -98,10 +106,13 @@ def test_clipping_shortens_the_gradient(tmp_path, monkeypatch):
 def test_half_precision_trains(tmp_path, monkeypatch, name):
     """On a CPU too, slowly; fp16 with a loss scale, which is part of the checkpoint."""
     out = tmp_path / "run"
-    run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--precision", name, "--max-skips", 30, "--out", out)
+    run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--precision", name, "--max-skips", 30,
+        "--out", out)
     state = torch.load(out / "last.pt", weights_only=True)
-    assert bool(state["scaler"]) == (name == "fp16") and all(w.dtype == torch.float32 for w in state["weights"].values() if w.is_floating_point())
-    assert state["counts"]["skipped_steps"] < 2 or state["scaler"]["scale"] < 2 ** 16, "a gradient too large lowers the scale"
+    assert bool(state["scaler"]) == (name == "fp16")
+    assert all(w.dtype == torch.float32 for w in state["weights"].values() if w.is_floating_point())
+    skipped = state["counts"]["skipped_steps"]
+    assert skipped < 2 or state["scaler"]["scale"] < 2 ** 16, "a gradient too large lowers the scale"
 
 
 def test_sync_bn_is_for_gpus(tmp_path, monkeypatch):
@@ -124,29 +135,33 @@ def folder(tmp_path):
         Image.fromarray(rng.integers(0, 2, (64, 64), dtype=np.uint8)).save(root / "labels" / f"{i}.png")
     for split in ("train", "val"):
         (root / f"{split}_id.txt").write_text("\n".join(map(str, range(6) if split == "train" else [0])))
-    (root / "domain.json").write_text(json.dumps({"name": "mine", "classes": ["background", "hat"], "adjacency": []}))
+    domain = {"name": "mine", "classes": ["background", "hat"], "adjacency": []}
+    (root / "domain.json").write_text(json.dumps(domain))
     broken = root / "images" / "2.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     return root
 
 
 def test_a_file_that_breaks_stops_the_run_or_is_skipped_and_counted(folder, tmp_path, monkeypatch, capsys):
-    flags = [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 4, "--validations", 0, "--out", tmp_path / "run"]
+    flags = [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 4, "--validations", 0,
+             "--out", tmp_path / "run"]
     with pytest.raises(InputError, match="2.jpg: not a readable photo"):
         run(monkeypatch, *flags)
-    # before its first checkpoint: from the start
-    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")
+    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")  # before a checkpoint: from the start
     printed = capsys.readouterr().out
-    assert "begins again" in printed and "2.jpg: not a readable photo" in printed and "another photo took its place" in printed
+    assert "begins again" in printed and "2.jpg: not a readable photo" in printed
+    assert "another photo took its place" in printed
     log = lines(tmp_path / "run")
     unreadable = [line for line in log if line["kind"] == "unreadable"]
-    assert len(unreadable) == 2 and log[-1]["skipped"] == {"steps": 0, "files": 2}, "12 samples are two passes over six photos"
+    assert len(unreadable) == 2, "12 samples are two passes over six photos"
+    assert log[-1]["skipped"] == {"steps": 0, "files": 2}
     assert all("2.jpg" in line["files"][0] for line in unreadable)
 
 
 def test_the_next_photo_takes_the_place_and_with_none_left_the_run_stops(folder):
-    domain = builtin_domain("pascal")
-    data = Photos(domain, [folder / "images" / f"{i}.jpg" for i in (2, 3)], [folder / "labels" / f"{i}.png" for i in (2, 3)])
+    photos = [folder / "images" / f"{i}.jpg" for i in (2, 3)]
+    labels = [folder / "labels" / f"{i}.png" for i in (2, 3)]
+    data = Photos(builtin_domain("pascal"), photos, labels)
     crops = Crops([data], None, (64, 64), 0, skip_bad=True)
     image, label, d, name, skipped = crops[0, 0, 0]
     assert name.endswith("3.jpg") and len(skipped) == 1 and torch.equal(image, crops[0, 0, 1][0])
@@ -185,7 +200,8 @@ def test_a_flag_that_contradicts_the_run_is_refused(finished, flags, message):
 
 def test_flags_that_agree_and_those_that_change_no_result_are_taken(finished):
     before = runs.configure(["--resume", str(finished)])
-    same = runs.configure(["--resume", "auto", "--out", str(finished), *SHORT, "--steps", "1", "--validations", "0"])
+    same = runs.configure(["--resume", "auto", "--out", str(finished), *SHORT,
+                           "--steps", "1", "--validations", "0"])
     assert same == before and same.crop == (64, 64)
     changed = runs.configure(["--resume", str(finished), "--workers", "3", "--skip-bad", "--save-every", "7"])
     assert changed == before | {"workers": 3, "skip_bad": True, "save_every": 7}
@@ -206,9 +222,9 @@ def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
     assert runs.configure(["--seed", "2"]).resume == "runs/universal-2"
 
 
-def test_a_launch_that_died_before_its_folder_was_made_does_not_take_the_newest(finished, tmp_path, monkeypatch):
-    """Started again by torchrun it begins: in the folder that it had chosen, or where it had chosen none, in
-    a new one."""
+def test_a_launch_that_died_before_its_folder_was_made_does_not_take_the_newest(
+        finished, tmp_path, monkeypatch):
+    """Started again by torchrun it begins: in the folder that it had chosen, if any, or else in a new one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "universal").symlink_to(finished)
@@ -224,34 +240,34 @@ def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypat
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", out)
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config.replace('"lr": 0.01', '"lr": 0.5'))
-    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.01, but config.json beside it "
-                                         "says 0.5; put config.json back"):
+    with pytest.raises(InputError, match="last.pt: was trained with --lr 0.01, "
+                                         "but config.json beside it says 0.5; put config.json back"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not the settings of a run"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text(config)
     monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
-    with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos when the run began, "
-                                         "and has 5 now, or others"):
+    with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos "
+                                         "when the run began, and has 5 now, or others"):
         run(monkeypatch, "--resume", out)
 
 
 def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
-    """Settings that it does not know are as published; an optimiser that does not fit is refused in a
-    sentence."""
+    """Settings that it does not know are as published; an optimiser that does not fit is refused."""
     out = tmp_path / "run"
     run(monkeypatch, *SHORT, "--steps", 2, "--validations", 0, "--out", out)
     config = json.loads((out / "config.json").read_text())
     younger = ("optimizer", "decay", "balance", "sst_lr_scale", "check")
-    (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in younger}))
+    older = {key: value for key, value in config.items() if key not in younger}
+    (out / "config.json").write_text(json.dumps(older))
     resumed = runs.configure(["--resume", str(out)])
     assert [getattr(resumed, key) for key in younger] == ["adamw", "drop", 0, 1, None]
     content = torch.load(out / "last.pt", weights_only=True)
     content["config"] = {key: value for key, value in content["config"].items() if key not in younger}
     torch.save(content, out / "last.pt")
-    with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit this version of "
-                                         "train.py; go on with the version"):
+    with pytest.raises(InputError, match="last.pt: its optimiser's state does not fit "
+                                         "this version of train.py; go on with the version"):
         run(monkeypatch, "--resume", out)
 
 
@@ -267,10 +283,12 @@ def half_validation(folder):
 
 
 def flags_of(folder, out):
-    return [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 2, "--validations", 1, "--out", out]
+    return [*SHORT, "--data", f"mine={folder}", "--preset", "small", "--steps", 2, "--validations", 1,
+            "--out", out]
 
 
-def test_a_broken_validation_photo_is_left_out_named_and_counted(half_validation, tmp_path, monkeypatch, capsys):
+def test_a_broken_validation_photo_is_left_out_named_and_counted(
+        half_validation, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *flags_of(half_validation, tmp_path / "run"), "--skip-bad")
     assert "step 2: " in (printed := capsys.readouterr().out) and "2.jpg: not a readable photo" in printed
     unreadable, val = lines(tmp_path / "run")[-2:]
@@ -313,11 +331,12 @@ def test_a_validation_that_was_logged_but_not_saved_is_done_again_and_kept_once(
     """Killed between the line of the log and the second checkpoint of the step."""
     out = tmp_path / "run"
     run(monkeypatch, *SHORT, "--steps", 2, "--validations", 2, "--out", out)
+    kinds = lambda log: [(line["step"], line["kind"]) for line in log]
     whole = lines(out)
     content = torch.load(out / "last.pt", weights_only=True) | {"pending": True}
     torch.save(content, out / "last.pt")
     run(monkeypatch, "--resume", out)
-    assert [(line["step"], line["kind"]) for line in lines(out)] == [(line["step"], line["kind"]) for line in whole]
+    assert kinds(lines(out)) == kinds(whole)
     assert lines(out)[-1]["miou"] == whole[-1]["miou"]
 
 

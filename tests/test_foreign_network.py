@@ -1,5 +1,4 @@
-"""SST on a network that is not ours: generality is the paper's first claim, and README's example is this
-test."""
+"""SST on a network that is not ours: generality is the paper's first claim. README's example is this test."""
 
 import re
 from pathlib import Path
@@ -14,8 +13,8 @@ class Foreign(nn.Module):
     def __init__(self):
         super().__init__()
         conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.ReLU())
-        # strides 2, 4, 8, 16
-        self.down = nn.ModuleList([conv(3, 32), conv(32, 64), conv(64, 64), conv(64, 64)])
+        layers = [conv(3, 32), conv(32, 64), conv(64, 64), conv(64, 64)]  # strides 2, 4, 8, 16
+        self.down = nn.ModuleList(layers)
         self.heads = nn.ModuleDict({"pascal": nn.Conv2d(64, 7, 1), "cihp": nn.Conv2d(64, 20, 1)})
 
     def forward(self, images):
@@ -27,8 +26,8 @@ class Foreign(nn.Module):
 
 
 def test_the_readme_example_trains_a_foreign_network():
-    examples = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
-    (example,) = [code for code in examples if "SST(" in code]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "SST(" in code]
     assert len(example.strip().splitlines()) <= 12
     torch.manual_seed(0)
     net = Foreign()

@@ -70,9 +70,9 @@ def test_flips_and_scales_are_all_pairs():
         return torch.cat([torch.full_like(columns, images.shape[-1]), columns, 0 * columns], dim=1)
 
     net = Stub(see)
-    # Widths 2, 2, 4, 4: mean 3. Columns 0 1 and, of four halved, 0.5 2.5; arms are exchanged in the mirror,
-    # where columns are 1 0 and 2.5 0.5 once undone: left arm (0 + .5)/4 and (1 + 2.5)/4, right arm the other
-    # way round.
+    # Widths 2, 2, 4, 4: mean 3. Columns 0 1 and, of four halved, 0.5 2.5.
+    # Arms are exchanged in the mirror, where columns are 1 0 and 2.5 0.5 once undone:
+    # left arm (0 + .5)/4 and (1 + 2.5)/4, right arm the other way round.
     near(averaged_logits(net, np.zeros((1, 2, 3), np.uint8), scales=(1, 2), flips=FLIPS),
          [[[3, 3]], [[.125, .875]], [[.875, .125]]])
     assert net.sizes == [(1, 2), (1, 2), (2, 4), (2, 4)]

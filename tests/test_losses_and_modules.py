@@ -1,5 +1,5 @@
-"""What surrounds the equations: which pairs, rows and regions are meant, precision, memory, and where
-training starts."""
+"""What surrounds the equations: which pairs, rows and regions are meant,
+precision, memory, and where training starts."""
 
 from itertools import product
 from math import prod, sqrt
@@ -16,7 +16,8 @@ SIZES = {"a": 4, "b": 3, "c": 5}
 
 def network(**options):
     torch.manual_seed(0)
-    domains = [LabelDomain(name, tuple(f"class {z}" for z in range(Z)), adjacency=()) for name, Z in SIZES.items()]
+    domains = [LabelDomain(name, tuple(f"class {z}" for z in range(Z)), adjacency=())
+               for name, Z in SIZES.items()]
     static = {(i, j): torch.rand(SIZES[j], SIZES[i]) for i, j in product(SIZES, SIZES)}
     return SST(domains, dim=8, static=static, **options)
 
@@ -38,8 +39,7 @@ def test_full_connects_every_two_domains():
 
 def test_progressive_is_the_chain_from_coarse_to_fine():
     assert connections([20, 7, 18], "progressive") == [(1, 2), (2, 0)]
-    # equal ones in the order given
-    assert connections([5, 3, 5, 3], "progressive") == [(1, 3), (3, 0), (0, 2)]
+    assert connections([5, 3, 5, 3], "progressive") == [(1, 3), (3, 0), (0, 2)]  # equal ones as given
 
 
 def test_one_domain_is_connected_to_nothing():
@@ -73,8 +73,8 @@ def test_the_order_of_the_images_does_not_matter():
 
 def test_regions_are_the_labels_at_the_centres_of_the_pixels():
     Y = (10 * torch.arange(6)[:, None] + torch.arange(4))[None]  # row i, column j holds 10 i + j
-    # 6 rows to 4: centres at 1.5 (i + 1/2) = 0.75, 2.25, 3.75, 5.25, in rows 0, 2, 3, 5; 4 columns to 2:
-    # centres 1 and 3
+    # 6 rows to 4: centres at 1.5 (i + 1/2) = 0.75, 2.25, 3.75, 5.25, in rows 0, 2, 3, 5
+    # 4 columns to 2: centres 1 and 3
     found, same = regions_of(Y, [torch.empty(1, 9, 4, 2), torch.empty(1, 9, 6, 4)])
     assert found.tolist() == [[[1, 3], [21, 23], [31, 33], [51, 53]]]
     assert torch.equal(same, Y)
@@ -83,13 +83,13 @@ def test_regions_are_the_labels_at_the_centres_of_the_pixels():
 def test_regions_are_of_no_class_in_between():
     Y = torch.tensor([[[0, 254], [255, 7]]])
     big, = regions_of(Y, [torch.empty(1, 9, 4, 4)])
-    assert big.dtype == torch.int64 and big[0, ::2, ::2].tolist() == big[0, 1::2, 1::2].tolist() == Y[0].tolist()
+    assert big.dtype == torch.int64
+    assert big[0, ::2, ::2].tolist() == big[0, 1::2, 1::2].tolist() == Y[0].tolist()
 
 
 def test_predicted_regions_are_the_best_class_of_every_pixel_but_the_ignored_ones():
-    # (1, 4, 1, 4)
-    logits = torch.tensor([[[3.0, 0, 1, 0]], [[1, 5, 0, 0]], [[2, 1, 9, 1]], [[0, 0, 2, 4]]])[None]
-    delta = predicted_regions(logits, torch.tensor([[[2, 2, 255, 0]]]), [torch.empty(1, 8, 1, 4)])
+    logits = torch.tensor([[[3.0, 0, 1, 0]], [[1, 5, 0, 0]], [[2, 1, 9, 1]], [[0, 0, 2, 4]]])  # (4, 1, 4)
+    delta = predicted_regions(logits[None], torch.tensor([[[2, 2, 255, 0]]]), [torch.empty(1, 8, 1, 4)])
     assert delta[0].tolist() == [[[0, 1, 255, 3]]]
 
 
@@ -97,7 +97,8 @@ def test_predicted_regions_are_the_best_class_of_every_pixel_but_the_ignored_one
 
 def test_row_cosine_is_the_mean_over_all_pairs_of_rows():
     assert row_cosine(torch.tensor([[3.0, 4], [8, 6]])).item() == pytest.approx(24 / 25)
-    assert row_cosine(torch.tensor([[2.0, 0], [0, 3], [1, 1]])).item() == pytest.approx((0 + sqrt(0.5) + sqrt(0.5)) / 3)
+    three = torch.tensor([[2.0, 0], [0, 3], [1, 1]])
+    assert row_cosine(three).item() == pytest.approx((0 + sqrt(0.5) + sqrt(0.5)) / 3)
     assert row_cosine(torch.tensor([[2.0, 1], [4, 2], [6, 3]])).item() == pytest.approx(1)
     two = torch.tensor([[[3.0, 4], [8, 6]], [[1, 0], [-1, 0]]])  # 24/25 and -1
     assert row_cosine(two).item() == pytest.approx(-1 / 50, rel=1e-4)
@@ -107,8 +108,8 @@ def test_X_0_starts_far_from_the_trivial_solution():
     for Z in (2, 7, 20):
         X_0 = MSE(torch.ones(Z, Z), dim=256).X_0.detach()
         assert abs(row_cosine(X_0)) < 1e-3
-        # orthogonal rows of length 3
-        torch.testing.assert_close(X_0 @ X_0.T, 9 * torch.eye(Z), atol=1e-3, rtol=0)
+        expected = 9 * torch.eye(Z)  # orthogonal rows of length 3
+        torch.testing.assert_close(X_0 @ X_0.T, expected, atol=1e-3, rtol=0)
 
 
 # What is trained
@@ -120,7 +121,8 @@ def test_every_parameter_that_is_built_gets_a_gradient(scr, aux, connect):
     sst, (H, Y, domain) = network(scr=scr, aux=aux, connect=connect), batch([2, 0, 1, 0])
     losses, _ = sst(H, Y, domain)
     L_u(losses).backward()
-    assert [name for name, weight in sst.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    assert [name for name, weight in sst.named_parameters()
+            if weight.grad is None or not weight.grad.any()] == []
 
 
 def test_every_parameter_gets_a_finite_gradient_from_images_without_a_labelled_pixel():
@@ -149,8 +151,8 @@ def test_cosine_is_the_same_for_short_and_long_vectors():
         value = cosine(short, b)
         assert value.item() == pytest.approx(24 / 25)
         value.backward()
-        # d cos / da = (b / |b| - cos a / |a|) / |a| = (0.8 - 0.576, 0.6 - 0.768) / 5, and as much more as a
-        # is shorter
+        # d cos / da = (b / |b| - cos a / |a|) / |a| = (0.8 - 0.576, 0.6 - 0.768) / 5,
+        # and as much more as a is shorter
         assert (scale * short.grad).tolist() == pytest.approx([0.0448, -0.0336], rel=1e-4)
 
 
@@ -209,10 +211,12 @@ def test_a_given_static_matrix_serves_its_pair_in_either_order():
 
 def test_what_does_not_belong_together_is_refused():
     a, b = (LabelDomain(n, ("x", "y"), (), ()) for n in "ab")
-    sst, H, Y = SST([a, b], 4, static={("a", "b"): torch.ones(2, 2)}), [torch.randn(2, 4, s, s) for s in (1, 2, 4)], torch.zeros(2, 8, 8).long()
+    sst = SST([a, b], 4, static={("a", "b"): torch.ones(2, 2)})
+    H, Y = [torch.randn(2, 4, s, s) for s in (1, 2, 4)], torch.zeros(2, 8, 8).long()
     sst(H, Y, [0, 1])
-    for bad, message in (((H[:2], Y, [0, 1]), "it is 3 maps"), ((H[::-1], Y, [0, 1]), "coarse to fine"), ((H, Y, [0]), "there are 2 images"),
-                         ((H, Y, [0, 2]), "positions from 0 to 1"), ((H, Y.byte(), [0, 1]), "int64 label maps")):
+    for bad, message in (((H[:2], Y, [0, 1]), "it is 3 maps"), ((H[::-1], Y, [0, 1]), "coarse to fine"),
+                         ((H, Y, [0]), "there are 2 images"), ((H, Y, [0, 2]), "positions from 0 to 1"),
+                         ((H, Y.byte(), [0, 1]), "int64 label maps")):
         with pytest.raises(ValueError, match=message):
             sst(*bad)
     for option in ("scr", "connect", "intra_mask", "regions"):
@@ -241,15 +245,15 @@ def test_cosine_neither_overflows_nor_underflows():
         a, b = (v * scale).requires_grad_(), v.flip(0) * scale
         c = cosine(a, b)  # (3*4 + 4*3) / 25
         c.backward()
-        # d cos / da = (b/|b| - cos a/|a|) / |a| = ((0.8, 0.6) - 0.96 (0.6, 0.8)) / 5 = (0.0448, -0.0336),
-        # divided by the scale
+        # d cos / da = (b/|b| - cos a/|a|) / |a| = ((0.8, 0.6) - 0.96 (0.6, 0.8)) / 5
+        #            = (0.0448, -0.0336), divided by the scale
         assert c.item() == pytest.approx(0.96, rel=1e-5)
         assert (a.grad * scale).tolist() == pytest.approx([0.0448, -0.0336], rel=1e-4)
 
 
 def test_attention_on_an_absent_class_leaves_finite_gradients():
-    """Softmax weights of (1, 1e-22), the first on a class whose mask is 0: the mapped row is tiny and its
-    gradient is not."""
+    """Softmax weights of (1, 1e-22), the first on a class whose mask is 0:
+    the mapped row is tiny and its gradient is not."""
     logits = torch.tensor([[0.0, -50.657]], requires_grad=True)
     mapped = (logits.softmax(-1) * torch.tensor([[0.0, 2.0]])) @ torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     loss = 1 - cosine(mapped, torch.tensor([[4.0, 3.0]]))

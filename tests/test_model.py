@@ -20,22 +20,25 @@ TINY = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, win
 def test_every_domain_gets_logits_at_the_photo_s_size(size):
     net = ParsingNet([builtin_domain("pascal"), builtin_domain("cihp")], TINY).eval()
     images = torch.rand(2, 3, *size)
-    assert {name: tuple(A.shape) for name, A in net(images).items()} == {"pascal": (2, 7, *size), "cihp": (2, 20, *size)}
+    shapes = {name: tuple(A.shape) for name, A in net(images).items()}
+    assert shapes == {"pascal": (2, 7, *size), "cihp": (2, 20, *size)}
     up = lambda n, s: -(-n // s)
-    assert [tuple(H.shape) for H in net.features(images)] == [(2, 32, up(size[0], s), up(size[1], s)) for s in (16, 8, 4)]
+    assert [tuple(H.shape) for H in net.features(images)] == [
+        (2, 32, up(size[0], s), up(size[1], s)) for s in (16, 8, 4)]
 
 
 def test_the_presets_are_one_architecture():
     names = lambda arch: {name.split(".")[0] for name, _ in ParsingNet({"a": 2}, arch).named_children()}
     assert names("small") == names("r50")
-    r50 = ParsingNet({"a": 2}, "r50")
-    assert r50.arch == Arch() and (Arch().dim, Arch().layers, Arch().heads, Arch().points, Arch().ffn) == (256, 6, 8, 4, 1024)
+    arch = ParsingNet({"a": 2}, "r50").arch
+    assert arch == Arch()
+    assert (arch.dim, arch.layers, arch.heads, arch.points, arch.ffn) == (256, 6, 8, 4, 1024)
     assert ARCHS["r101"].blocks == (3, 4, 23, 3)
 
 
 def test_resnet50_has_torchvision_s_parameters():
-    # Facts of torchvision's ResNet-50: 25,557,032 parameters, 2,049,000 of them in fc; 318 entries without
-    # fc, counters included.
+    # Facts of torchvision's ResNet-50: 25,557,032 parameters, 2,049,000 of them in fc;
+    # 318 entries without fc, counters included. Its ResNet-101 has 44,549,160 parameters.
     net = ResNet()
     assert sum(p.numel() for p in net.parameters()) == 25_557_032 - 2_049_000
     state = net.state_dict()
@@ -43,7 +46,6 @@ def test_resnet50_has_torchvision_s_parameters():
     assert state["layer1.0.downsample.0.weight"].shape == (256, 64, 1, 1)
     assert state["layer4.2.bn3.running_var"].shape == (2048,)
     assert net.layer2[0].conv2.stride == (2, 2) and net.layer2[0].conv1.stride == (1, 1)  # v1.5
-    # torchvision's ResNet-101
     assert sum(p.numel() for p in ResNet((3, 4, 23, 3)).parameters()) == 44_549_160 - 2_049_000
 
 
@@ -70,8 +72,8 @@ def test_imagenet_file_loads_and_freezes_batch_norm(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda s: s.pop("layer1.0.conv2.weight"), "layer1.0.conv2.weight is missing, expected (8, 8, 3, 3)"),
-    (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 7, 7)}), "conv1.weight is (64, 3, 7, 7), "
-        "expected (8, 3, 7, 7)"),
+    (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 7, 7)}),
+     "conv1.weight is (64, 3, 7, 7), expected (8, 3, 7, 7)"),
     (lambda s: s.update({"layer5.weight": torch.zeros(1)}), "layer5.weight is (1,), expected absent"),
 ])
 def test_another_network_s_weights_are_refused(tmp_path, spoil, message):
@@ -100,7 +102,8 @@ def test_auto_without_a_network_says_what_to_do(monkeypatch):
     def offline(*args, **kwargs):
         raise URLError("no route")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(InputError, match=r"resnet50-0676ba61.pth could not be downloaded .*no route.*--backbone-weights PATH"):
+    with pytest.raises(InputError, match=r"resnet50-0676ba61.pth could not be downloaded "
+                                         r".*no route.*--backbone-weights PATH"):
         load_imagenet(ResNet(), "auto")
 
 
@@ -111,9 +114,10 @@ def test_window_attention_does_not_look_outside_its_window(shift):
     x = torch.randn(1, 6, 9, 8, dtype=torch.float64, requires_grad=True)  # no multiple of the window: padded
     block(x)[0, 5, 8].sum().backward()
     touched = (x.grad[0].abs().sum(-1) > 0).nonzero()
-    # Windows start at multiples of 4, shifted by -2 where shift is 2: pixel (5, 8) is in rows 4-5, column 8 |
-    # rows 2-5, columns 6-8.
-    assert touched.amin(0).tolist() == ([4, 8] if shift == 0 else [2, 6]) and touched.amax(0).tolist() == [5, 8]
+    # Windows start at multiples of 4, shifted by -2 where shift is 2:
+    # pixel (5, 8) is in rows 4-5, column 8 | rows 2-5, columns 6-8.
+    assert touched.amin(0).tolist() == ([4, 8] if shift == 0 else [2, 6])
+    assert touched.amax(0).tolist() == [5, 8]
     assert len(touched) == (2 if shift == 0 else 12)
 
 
@@ -122,11 +126,12 @@ def test_result_of_a_block_does_not_depend_on_what_follows_the_map():
     block = SwinBlock(8, 2, 4, 2).double()
     x = torch.randn(1, 8, 8, 8, dtype=torch.float64)
     shifted = block(x)
-    # The roll must not let the last rows see the first: changing row 0 leaves rows 6 and 7 (another window)
-    # alone.
+    # The roll must not let the last rows see the first:
+    # changing row 0 leaves rows 6 and 7 (another window) alone.
     other = x.clone()
     other[:, 0] += 1
-    assert torch.equal(block(other)[:, 6:], shifted[:, 6:]) and not torch.equal(block(other)[:, 1], shifted[:, 1])
+    changed = block(other)
+    assert torch.equal(changed[:, 6:], shifted[:, 6:]) and not torch.equal(changed[:, 1], shifted[:, 1])
 
 
 def test_relative_position_bias_depends_on_the_offset_alone():
@@ -158,7 +163,7 @@ def test_spec_builds_the_same_network():
         from_spec({"dim": 3}, {"a": 3})
 
 
-# Registration: the maps of the pyramid lie exactly on one another at any size ------------------------------
+# Registration: the maps of the pyramid lie exactly on one another at any size -------------------------------
 
 
 def smooth_photo(h, w, seed):
@@ -177,8 +182,7 @@ def on_canvas(photo):
 
 
 def far_quarter_correlation(one, two, h, w):
-    """Of two maps of logits (Z, H, W), class-centred, in the last quarter of a photo's h rows and w
-    columns."""
+    """Of two maps of logits (Z, H, W), class-centred, in the last quarter of h rows and w columns."""
     rows, columns = slice(h - h // 4, h), slice(w - w // 4, w)
     quarters = [A[:, rows, columns] for A in (one, two)]
     return torch.corrcoef(torch.stack([(A - A.mean(0)).flatten() for A in quarters]))[0, 1].item()
@@ -186,8 +190,7 @@ def far_quarter_correlation(one, two, h, w):
 
 @pytest.mark.parametrize("side", [97, 113, 129, 161])
 def test_a_photo_of_any_size_has_the_logits_that_it_has_on_a_canvas_of_whole_strides(side):
-    """A pyramid whose maps are stretched onto one another has correlations of 0.65, 0.79, 0.52 and 0.56
-    here."""
+    """A pyramid that stretches its maps onto one another has correlations of 0.65, 0.79, 0.52, 0.56 here."""
     torch.manual_seed(2)
     net, photo = ParsingNet({"a": 7}, "small").eval(), smooth_photo(side, side, seed=2)
     with torch.no_grad():

@@ -15,19 +15,21 @@ def rand(*shape, seed=0):
 def optimiser(net, lr=0.1, **kw):
     matrices = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim == 1]
-    return Muon([{"params": matrices, "matrices": True}, {"params": others, "matrices": False}], lr=lr, fused=True, **kw)
+    groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
+    return Muon(groups, lr=lr, fused=True, **kw)
 
 
 def test_a_diagonal_matrix_by_hand():
-    # 3 and 4 on the diagonal: brought to length 1 they are 0.6 and 0.8, and each goes through a*s + b*s^3 +
-    # c*s^5 five times.
+    # 3 and 4 on the diagonal: brought to length 1 they are 0.6 and 0.8,
+    # and each goes through a*s + b*s^3 + c*s^5 five times.
     want = []
     for s in (0.6, 0.8):
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
         want.append(s)
     got = orthogonalised(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]], dtype=torch.float64))[0]
-    torch.testing.assert_close(got, torch.diag(torch.tensor(want, dtype=torch.float64)), rtol=1e-9, atol=1e-12)
+    want = torch.diag(torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_the_iteration_as_it_is_published():
@@ -56,7 +58,8 @@ def test_a_step_is_as_long_as_adamws_and_a_convolution_is_a_matrix():
     optimiser(net, weight_decay=0.0).step()
     step = (net.weight - before).flatten(1).detach()
     # The momentum began at zero, so the direction of the first step is the gradient's.
-    torch.testing.assert_close(step, -0.1 * 0.2 * 72 ** 0.5 * orthogonalised(rand(16, 8, 3, 3).flatten(1)[None])[0])
+    direction = orthogonalised(rand(16, 8, 3, 3).flatten(1)[None])[0]
+    torch.testing.assert_close(step, -0.1 * 0.2 * 72 ** 0.5 * direction)
     assert 0.015 < step.square().mean().sqrt() < 0.025  # AdamW's would be about 0.1 * 0.2
 
 

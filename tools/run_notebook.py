@@ -32,15 +32,15 @@ def code_cells(notebook):
 
 
 def execute(notebook):
-    """Run the code cells of a parsed .ipynb in one namespace, and put outputs and execution_count into
-    them."""
+    """Run the code cells of a parsed .ipynb in one namespace; put outputs and execution_count into them."""
     namespace = {"__name__": "__main__"}
     for count, cell in enumerate(code_cells(notebook), 1):
         name, source = f"<cell {count}>", source_of(cell)
-        # tracebacks and inspect show its lines
+        # so that tracebacks and inspect show its lines
         linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
-        tree = ast.parse(source, name)
-        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        tree, last = ast.parse(source, name), None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = ast.Expression(tree.body.pop().value)
         printed, value = io.StringIO(), None
         with contextlib.redirect_stdout(printed):
             exec(compile(tree, name, "exec"), namespace)
@@ -59,7 +59,8 @@ def outputs_of(printed, value, count):
         data = {"text/plain": text.splitlines(keepends=True)}
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
-        outputs.append({"data": data, "execution_count": count, "metadata": {}, "output_type": "execute_result"})
+        outputs.append({"data": data, "execution_count": count, "metadata": {},
+                        "output_type": "execute_result"})
     return outputs
 
 
