@@ -302,7 +302,7 @@ def test_a_broken_validation_photo_is_left_out_named_and_counted(
 
 def test_a_validation_of_nothing_is_refused(half_validation, tmp_path, monkeypatch):
     (half_validation / "val_id.txt").write_text("2")
-    with pytest.raises(InputError, match="validation of 'mine': no photo that can be read has a labelled pixel"):
+    with pytest.raises(InputError, match="validation of 'mine': no photo that can be read has a label"):
         run(monkeypatch, *flags_of(half_validation, tmp_path / "run"), "--skip-bad")
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["pending"]
 

@@ -1,0 +1,125 @@
+"""Settings: what a run of an earlier version had, how images share a batch, matrices of one's own."""
+
+import json
+
+import pytest
+import torch
+from test_train import BASE, DOMAINS, SHORT, batches, lines, run
+
+from sst import checkpoint, runs, scenarios
+from sst.config import preset, restored
+from sst.losses import L_u
+
+
+def test_a_run_of_the_version_before_resize_and_slots_resumes_as_it_was_trained():
+    """Its config.json, preset paper: width and height had one factor,
+    every micro-batch as many images of each domain."""
+    old = {"mode": "universal", "preset": "paper", "out": "runs/a", "resume": None, "check": None, "seed": 0,
+           "data": ["pascal=x", "atr=y", "cihp=z"], "size": None, "crop": [512, 512], "scale": [0.5, 2.0],
+           "batch_size": 4, "global_batch": 32, "workers": 4, "skip_bad": False, "source": [], "target": None,
+           "source_checkpoint": None, "source_epochs": None, "source_steps": None, "fraction": 1.0,
+           "init_from": None, "arch": "r50", "backbone_weights": "auto", "alpha": 10.0, "beta": 1.0,
+           "lam": 5.0, "intra_mask": "body", "scr": "both", "connect": "full", "regions": "label",
+           "epochs": 150, "steps": None, "optimizer": "adamw", "lr": 0.0001, "adam_beta2": 0.999,
+           "backbone_lr_scale": 0.1, "sst_lr_scale": 1.0, "weight_decay": 0.05,
+           "drop_at": 0.8333333333333334, "decay": "drop", "balance": 0.0, "clip": None, "precision": "auto",
+           "compile": False, "sync_bn": False, "max_skips": 20, "save_every": 1000, "validations": 30,
+           "log_every": 20, "figures": ["pascal", "atr", "cihp"]}
+    now, then = preset("paper"), restored(json.loads(json.dumps(old)))
+    assert (now.resize, now.slots) == ("independent", "proportional")
+    assert (then.resize, then.slots, then.masks) == ("common", "equal", None)
+    assert {key: value for key, value in vars(then).items() if key in old} == old | {
+        "crop": (512, 512), "scale": (0.5, 2.0)}
+    assert set(vars(then)) == set(vars(now)), "nothing of it is unset"
+
+
+def test_an_old_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Saved by a version without the younger settings, it ends as the run that was not interrupted."""
+    flags = [*SHORT, "--preset", "demo", "--scale", 0.5, 2, "--steps", 3, "--validations", 0,
+             "--save-every", 1]
+    run(monkeypatch, *flags, "--out", tmp_path / "whole")
+    save = checkpoint.save_last
+
+    def save_and_stop(content, out, *again):
+        for key in ("resize", "slots", "masks"):
+            del content["config"][key]
+        del content["pending"]
+        save(content, out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_last", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--out", tmp_path / "old")
+    monkeypatch.setattr(checkpoint, "save_last", save)
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    older = {key: value for key, value in config.items() if key not in ("resize", "slots", "masks")}
+    (tmp_path / "old/config.json").write_text(json.dumps(older))
+    run(monkeypatch, "--resume", tmp_path / "old")
+    one, two = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
+                for name in ("whole", "old"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"lam": 0}, {"beta": 0}, {"scr": "dataset"}, {"beta": 0, "scr": "image"},
+    {"beta": 0, "scr": "dataset"}, {"beta": 0, "lam": 0}], ids=str)
+def test_a_micro_batch_without_images_of_a_domain_gives_every_parameter_a_gradient(change):
+    """--slots proportional: DDP waits for one of each. The terms of the domain are 0 and change nothing."""
+    model = scenarios.build(BASE | change, DOMAINS).train()
+    (batch,) = batches(DOMAINS[1:], 1, size=2)  # no image of pascal
+    terms, _ = model(*batch[:3])
+    assert terms["seg/pascal"] == 0 and terms.get("aux/pascal", torch.zeros(())) == 0
+    assert set(terms) == set(model(*batches(DOMAINS, 1)[0][:3])[0]), "the same terms as with all domains"
+    L_u(terms).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    own = [p.grad for name, p in model.named_parameters()
+           if "pascal" in name and "X_0" not in name and ".0." not in name]
+    assert own and all((gradient == 0).all() for gradient in own)
+
+
+def test_proportional_slots_and_independent_factors_train(tmp_path, monkeypatch):
+    run(monkeypatch, *SHORT, "--slots", "proportional", "--batch-size", 2, "--resize", "independent",
+        "--scale", 0.5, 2, "--steps", 3, "--validations", 0, "--out", tmp_path / "run")
+    for line in lines(tmp_path / "run"):
+        loss = line["loss"]
+        assert {name for name in loss if "/" in name} == {
+            f"{term}/{d.name}" for term in ("seg", "aux") for d in DOMAINS}
+        absent = [loss[f"seg/{d.name}"] for d in DOMAINS].count(0)
+        assert 1 <= absent <= 2, "two images are of two domains at most"
+
+
+def masks(tmp_path, **fields):
+    path = tmp_path / "masks.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def test_matrices_of_ones_own_reach_the_modules(tmp_path, monkeypatch):
+    eye, table = torch.eye(7), torch.rand(18, 7)
+    path = masks(tmp_path, intra={"pascal": eye.int().tolist()}, static={"pascal:atr": table.tolist()})
+    config = BASE | {"masks": str(path)}
+    sst = scenarios.build(config, DOMAINS).sst
+    assert torch.equal(sst.mse["pascal"].M_intra, eye) and torch.equal(sst.mst["pascal:atr"].M_static, table)
+    plain = scenarios.build(BASE, DOMAINS).sst
+    assert torch.equal(sst.mse["atr"].M_intra, plain.mse["atr"].M_intra), "what the file does not name stays"
+    turned = BASE | {"masks": str(masks(tmp_path, static={"atr:pascal": table.T.tolist()}))}
+    assert torch.equal(scenarios.build(turned, DOMAINS).sst.mst["pascal:atr"].M_static, table)
+    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--masks", path, "--out", tmp_path / "run")
+    weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["weights"]
+    assert torch.equal(weights["sst.mst.pascal:atr.M_static"], table)
+
+
+def test_dedicated_parsing_takes_matrices_of_the_target_in_both_steps(tmp_path, monkeypatch):
+    table = torch.rand(7, 20)
+    path = masks(tmp_path, static={"cihp:pascal": table.tolist()})
+    run(monkeypatch, "--mode", "dedicated", *SHORT, "--steps", 1, "--validations", 0, "--masks", path,
+        "--out", tmp_path / "run")
+    weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["weights"]
+    assert torch.equal(weights["sst.mst.cihp:pascal.M_static"], table)
+
+
+def test_step_1_of_dedicated_parsing_has_the_same_weights_of_the_losses_unless_both_are_0():
+    flags = ["--mode", "dedicated", "--out", "runs/none", "--alpha", "3"]
+    of = lambda config: [(stage.alpha, stage.beta, stage.lam) for stage in runs.stages(config)]
+    assert of(runs.configure([*flags, "--beta", "0.5", "--lam", "2"])) == [(3, 0.5, 2)] * 2
+    assert of(runs.configure([*flags, "--beta", "0", "--lam", "0"])) == [(3, 1, 5), (3, 0, 0)]
