@@ -78,16 +78,8 @@ def restarted():
 
 def resumed(given, folder):
     """The Config of the run in `folder`. Raises InputError for a flag that contradicts it."""
-    file = Path(folder) / "config.json"
-    try:
-        config = settings.restored(json.loads(file.read_text()))
-        source = f"{config.out}/source"
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py "
-                         "began") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{file}: not the settings of a run; put the file back, or start a new "
-                         "run") from None
+    config = saved(Path(folder) / "config.json")
+    source = f"{config.out}/source"
     for key, value in given.items():
         was = getattr(config, key)
         if key in ("data", "source", "target") and was:
@@ -107,9 +99,23 @@ def resumed(given, folder):
     return config | {"resume": folder, "out": folder}
 
 
+def saved(file):
+    """The Config in a config.json; raises InputError."""
+    try:
+        fields = json.loads(file.read_text())
+        if not isinstance(fields["out"], str):
+            raise ValueError
+        return settings.restored(fields)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py "
+                         "began") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: not the settings of a run; put the file back, or start a new "
+                         "run") from None
+
+
 def stages(config):
-    """The trainings of a run, one after another: its settings, or for dedicated parsing those of both steps
-    of Eq. 13.
+    """The trainings of a run in order: its settings, or in dedicated parsing those of both steps of Eq. 13.
 
     Step 1 is universal parsing of the sources. --beta 0 --lam 0 makes step 2 plain fine-tuning; step 1 then
     keeps the preset's beta and lambda, so that both start from the same source. Step 2's settings, saved,
@@ -130,16 +136,16 @@ def stages(config):
     source = config | length | weights | {
         "mode": "universal", "data": config.source, "figures": ["cihp"], "out": own_source, "fraction": 1.0,
         "target": config.target or "pascal=figures", "source_checkpoint": None}
-    return [source | begun(own_source, config), target | {"source_checkpoint": own_source}]
+    return [source | losses_of(own_source, config), target | {"source_checkpoint": own_source}]
 
 
-def begun(folder, config):
+def losses_of(folder, config):
     """The losses' weights of a source that a resumed run has begun: earlier versions had the preset's."""
     file = Path(folder) / "config.json"
     if not config.resume or not file.is_file():
         return {}
-    fields = json.loads(file.read_text())
-    return {key: fields[key] for key in ("alpha", "beta", "lam")}
+    begun = saved(file)
+    return {"alpha": begun.alpha, "beta": begun.beta, "lam": begun.lam}
 
 
 def run_folder(mode, n):
@@ -157,9 +163,9 @@ def first_free(mode):
 
 def free_folder(config):
     """A new run's folder, as a Path; raises InputError where it holds a run already."""
-    begun = restarted() and recall("folder")
-    if begun:
-        return Path(begun)
+    chosen = restarted() and recall("folder")
+    if chosen:
+        return Path(chosen)
     folder = Path(config.out) if config.out else run_folder(config.mode, first_free(config.mode))
     files = ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt")
     held = [name for name in files if (folder / name).exists()]
@@ -191,8 +197,7 @@ def open_folder(config):
 def prepare(config, domains, device, resumed=False):
     """The model of a run as it starts, on its device, and in words what it takes over from another run."""
     start = config.source_checkpoint or config.init_from
-    # a universal parser then finds all in its own checkpoint
-    needed = start and not (resumed and config.init_from)
+    needed = start and not (resumed and config.init_from)  # which finds all in the run's own checkpoint
     origin = checkpoint.load(f"{start}/last.pt", "run") if needed else None
     model, words = build(config, domains, origin, resumed), ""
     if origin and config.init_from:
