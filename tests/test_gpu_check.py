@@ -30,7 +30,7 @@ ROWS = {
     "torchrun, gloo, float32: universal": LOSS,
     "torchrun, gloo, float32: dedicated, source": LOSS,
     "torchrun, gloo, float32: dedicated, target": LOSS,
-    "kill and resume": r"killed after step \d+, went on after step \d+ to step 30",
+    "kill and resume": r"killed after step \d+, went on after step \d+ to step 20",
     "predict.py": rf"4 photos, 28 files, {N} s a photo",
     "--compile": r"left out: torch\.compile does not work on this machine \(.+\)",
 }
