@@ -93,9 +93,9 @@ def torchrun(here):
     """A universal and a dedicated training, both short, in a process group of one."""
     how = "torchrun, NCCL, bf16" if here.gpu else "torchrun, gloo, float32"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
-    flags = [*on_figures(here, 20), "--validations", 1]
+    flags = [*on_figures(here, 6 if here.small else 20), "--validations", 1]
     one = train(here, "universal", *flags, launcher=launcher)
-    two = train(here, "dedicated", *flags, "--mode", "dedicated", "--source-steps", 10, launcher=launcher)
+    two = train(here, "dedicated", *flags, "--mode", "dedicated", "--source-steps", 6, launcher=launcher)
     rows = []
     for what, out in (("universal", one), ("dedicated, source", two / "source"), ("dedicated, target", two)):
         first, *_, last = (line["loss"]["total"] for line in steps_of(out))
@@ -105,7 +105,7 @@ def torchrun(here):
 
 def resume(here):
     """A training that is killed after some steps, and goes on."""
-    steps, out = 30 if here.small else 60, here.work / "resumed"
+    steps, out = 20 if here.small else 60, here.work / "resumed"
     command = ["train.py", *on_figures(here, steps), "--validations", 0, "--save-every", 3, "--log-every", 1,
                "--resume", "auto", "--out", out]
     run(here, *command, until=lambda: len(steps_of(out)) >= 8)
