@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from figures import Figures
 from sst import checkpoint, distributed, runs
 from sst.check import report
-from sst.config import FIGURES
-from sst.data import Crops, Schedule, fraction_of, micro_batches, open_datasets
+from sst.config import FIGURES, counted
+from sst.data import Crops, Schedule, first_of, fraction_of, micro_batches, named_paths, open_dataset
 from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
 from sst.errors import InputError, run_program
@@ -30,7 +30,7 @@ from sst.inference import confusion_of, samples
 from sst.journal import Journal, Step
 from sst.losses import L_d, L_u
 from sst.metrics import scores, summary
-from sst.optim import build_optimizer, precision, set_rate
+from sst.optim import build_optimizer, loss_weights, precision, set_rate
 from sst.plots import save_curves, save_samples
 from sst.scenarios import matrices
 
@@ -55,14 +55,18 @@ def main():
 
 def open_data(config):
     """The training and the validation set of every label domain: of --data, or figures."""
-    if config.data:
-        train_sets, val_sets = (open_datasets(config.data, split) for split in ("train", "val"))
-    else:
-        domains, size = [builtin_domain(name) for name in config.figures], config.size or (128, 128)
-        # Every domain has pictures of its own to train on. Those of validation, of another seed, are shared.
-        train_sets = [Figures(d, config.seed, 2000, size, FIGURES.index(d.name), len(FIGURES))
-                      for d in domains]
-        val_sets = [Figures(d, 2 ** 31, 80, size) for d in domains]
+    size, limits, train_sets, val_sets = config.size or (128, 128), counted(config.limit), [], []
+    for name, path in named_paths(config.data or [f"{name}=figures" for name in config.figures]).items():
+        if path == "figures":
+            # Every domain has its own pictures to train on. Those of validation, of another seed, are shared.
+            domain, offset = builtin_domain(name), FIGURES.index(name) if name in FIGURES else 0
+            train_sets.append(Figures(domain, config.seed, 2000, size, offset, len(FIGURES)))
+            val_sets.append(Figures(domain, 2 ** 31, 80, size))
+        else:
+            train_sets.append(open_dataset(name, path, "train"))
+            val_sets.append(open_dataset(name, path, "val"))
+        if name in limits:
+            train_sets[-1] = first_of(train_sets[-1], limits[name], config.seed)
     if config.fraction < 1:
         train_sets = [fraction_of(dataset, config.fraction, config.seed) for dataset in train_sets]
     return train_sets, val_sets
@@ -103,7 +107,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
     if world > 1:
         devices = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    norms = distributed.StepBatchNorm(model.net)
+    statistics = distributed.StepStatistics(model)
     crops = Crops(train_sets, config.size, config.crop, config.seed, config.scale, config.skip_bad,
                   config.resize)
     mine = range(at.step * K + rank, steps * K, world)
@@ -130,7 +134,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
     while at.step < steps:
         lr = set_rate(optimizer, at.step / steps, config)
         share = islice(batches, K // world)
-        done = train_step(wrapped, share, K, optimizer, scaler, norms, config, dtype, world)
+        done = train_step(wrapped, share, K, optimizer, scaler, statistics, config, dtype, world)
         at.step += 1
         journal.record(done, lr)
         stop = all_reduce(torch.tensor(float(interruption.signal > 0), device=device)).item()
@@ -150,27 +154,28 @@ def train(config, run, train_sets, val_sets, place, interruption):
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
 
 
-def train_step(model, batches, K, optimizer, scaler, norms, config, dtype, world):
+def train_step(model, batches, K, optimizer, scaler, statistics, config, dtype, world):
     """One optimiser step: the mean over K micro-batches, of which `batches` yields this process its share.
 
     A step whose losses or gradient are not finite, in whatever process, changes nothing. Returns a Step.
     """
     done = Step()
-    weights, share = (config.alpha, config.beta, config.lam), K // world
-    norms.begin()
+    share = K // world
+    statistics.begin()
     for n, batch in enumerate(batches, 1):
         torch.manual_seed((config.seed << 32) + batch.number)  # a network of yours may have dropout
         with model.no_sync() if world > 1 and n < share else nullcontext():
             with torch.autocast(batch.images.device.type, dtype, enabled=dtype is not None):
                 terms, X = model(batch.images, batch.labels, batch.domain)
+                weights = loss_weights(config, batch.number // K)
                 if config.mode == "universal":
                     terms["total"] = L_u(terms, *weights)  # Eq. 12
                 else:
                     terms["total"] = L_d(terms, batch.domain[0], *weights)  # Eq. 13
             scaler.scale(terms["total"] * world / K).backward()  # DDP averages over the processes
-        norms.collect()
+        statistics.collect()
         done.add(batch, terms, X)
-    norms.finish(K)
+    statistics.finish(K)
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -182,7 +187,7 @@ def train_step(model, batches, K, optimizer, scaler, norms, config, dtype, world
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         scaler.step(optimizer)
     else:
-        norms.undo()
+        statistics.undo()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return done

@@ -34,11 +34,12 @@ def report(stages, open_data):
     """
     found = []  # of every dataset: title, {split: Tally}, sentences about lists that cannot be opened
     for stage in stages:
-        if stage.data:
-            found += [open_lists(name, path) for name, path in named_paths(stage.data).items()]
-        else:
+        drawn = [spec for spec in stage.data if spec.endswith("=figures")]
+        if drawn or not stage.data:
             found += [(f"{train.domain.name}, figures", {"train": Tally(train), "val": Tally(val)}, [])
-                      for train, val in zip(*open_data(stage))]
+                      for train, val in zip(*open_data(stage | {"data": drawn}))]
+        photos = [spec for spec in stage.data if spec not in drawn]
+        found += [open_lists(name, path) for name, path in named_paths(photos).items()]
     read = bad = 0
     for title, tallies, unopened in found:
         for split, tally in tallies.items():

@@ -87,7 +87,10 @@ SETTINGS = {
     "data": (
         row("data", str, [], None, metavar="NAME=PATH", nargs="+",
             help=f"label domains and their folders; NAME is one of {', '.join(BUILTIN)}, or any if PATH is "
-                 "a folder with a domain.json or such a file; without --data: figures"),
+                 "a folder with a domain.json or such a file; NAME=figures: drawn people, also without "
+                 "--data"),
+        row("limit", str, [], None, metavar="NAME=N", nargs="+",
+            help="take N training samples of a domain, chosen by seed"),
         row("size", pair, None, None, small=(192, 128), demo=(96, 96), metavar="HxW",
             help="fit the whole photo into this size first (aspect kept, padded)"),
         row("crop", pair, (512, 512), None, small=(192, 128), demo=(96, 96), metavar="HxW",
@@ -146,6 +149,12 @@ SETTINGS = {
         row("masks", str, None, None, metavar="FILE.json",
             help='matrices of your own: {"intra": {"NAME": [[0 or 1, Z x Z]]}, "static": {"NAME_1:NAME_2": '
                  '[[Z_2 x Z_1]]}}'),
+        row("cross", float, 0.0, (0, 1e3), metavar="W",
+            help="weight of the cross-domain likelihood L_cross, in parts of L_seg's; not published"),
+        row("association", str, "counts", ("words", "counts", "mst"),
+            help="where L_cross takes its table of associations from"),
+        row("cross_ramp", float, 0.4, (0, 1), metavar="PART",
+            help="part of the run in which the weight of L_cross rises from 0"),
         row("scr", str, "both", ("both", "dataset", "image", "none"),
             help="consistency terms"),
         row("connect", str, "full", ("full", "progressive"),
@@ -323,9 +332,25 @@ def check(config):
     if config.preset == "paper" and not (config.data or config.target):
         raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 "
                          "crops; give --data or --preset demo")
+    known = names(config.data + config.source + [config.target] * bool(config.target)) or list(FIGURES)
+    for name, count in counted(config.limit).items():
+        if name not in known:
+            raise InputError(f"--limit {name}={count}: '{name}' is none of the run's label domains, "
+                             f"{', '.join(known)}")
     if config.global_batch and config.global_batch % config.batch_size:
         raise InputError(f"--global-batch {config.global_batch}: must be a multiple of --batch-size "
                          f"{config.batch_size}")
+
+
+def counted(specs):
+    """["NAME=N", ...] of --limit -> {name: N}; raises InputError."""
+    limits = {}
+    for spec in specs:
+        name, _, count = spec.partition("=")
+        if not name or not count.isdigit() or not int(count):
+            raise InputError(f"--limit {spec}: write NAME=N with a whole number from 1 on, such as pascal=20")
+        limits[name] = int(count)
+    return limits
 
 
 def check_scenario(given):

@@ -85,12 +85,14 @@ class Part:
 
 
 def fraction_of(dataset, fraction, seed):
-    """That share of a dataset, at least one sample, chosen by seed (Table 5).
+    """That share of a dataset, at least one sample, chosen by seed (Table 5)."""
+    return first_of(dataset, max(1, round(fraction * len(dataset))), seed)
 
-    A smaller fraction lies within a larger one.
-    """
+
+def first_of(dataset, count, seed):
+    """So many samples of a dataset, chosen by seed: fewer lie within more. All, if it has no more."""
     order = np.random.default_rng((seed, len(dataset))).permutation(len(dataset))
-    return Part(dataset, order[:max(1, round(fraction * len(dataset)))])
+    return Part(dataset, order[:count])
 
 
 # Finding the files ----------------------------------------------------------------------------------------

@@ -165,23 +165,24 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-class StepBatchNorm:
-    """Running statistics of batch norm that do not depend on the number of processes.
+class StepStatistics:
+    """Running statistics that do not depend on the number of processes: batch norm's, and counts of
+    associations.
 
-    Batch norm normalises within a micro-batch. Its running statistics must come out the same whether a step's
-    K micro-batches ran one after another or on K ranks: each starts from the statistics before the step, and
-    the step's are their mean.
+    They must come out the same whether a step's K micro-batches ran one after another or on K ranks: each
+    starts from the statistics before the step, and the step's are their mean.
     """
 
-    def __init__(self, net):
-        self.norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training]
+    def __init__(self, model):
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
         self.buffers = [b for m in self.norms for b in (m.running_mean, m.running_var)]
+        self.buffers += [b for m in model.modules() if hasattr(m, "statistics") for b in m.statistics()]
 
     def begin(self):
         """Before a step."""
         if self.buffers:
             self.start, self.sum = flat(self.buffers), 0
-            self.seen = int(self.norms[0].num_batches_tracked)
+            self.seen = int(self.norms[0].num_batches_tracked) if self.norms else 0
 
     def collect(self):
         """After a micro-batch."""
@@ -201,7 +202,7 @@ class StepBatchNorm:
 
     def write(self, values, seen):
         for buffer, part in zip(self.buffers, values.split([b.numel() for b in self.buffers])):
-            buffer.copy_(part)
+            buffer.copy_(part.view_as(buffer))
         for norm in self.norms:
             norm.num_batches_tracked.fill_(seen)
 

@@ -33,7 +33,8 @@ class LabelDomain:
     flip_pairs: pairs of names that change places in a mirrored photo (left arm, right arm).
     adjacency:  pairs of names that touch on the body; None where nobody has said.
     label_map:  class name -> raw labels on disk (integers, or tag names); None where the files hold class
-    ids. Raises InputError where these contradict each other; `origin` is the file that the message names.
+                ids. Raw labels under "ignore" are ignored pixels.
+    Raises InputError where these contradict each other; `origin` is the file that the message names.
     """
 
     name: str
@@ -162,7 +163,7 @@ def check_label_map(domain):
         raise InputError(f'{where}: label_map must map every class to a list of raw labels, {{"class": [raw, '
                          f'...]}}')
     for name in domain.label_map:
-        if name not in domain.classes:
+        if name not in domain.classes and name != "ignore":
             raise InputError(f"{where}: label_map names '{name}', which is not a class; classes are "
                              f"{', '.join(domain.classes)}")
     for name in domain.classes:

@@ -194,14 +194,15 @@ def cached_lookup_table(name, classes, label_map, tags):
         lookup[:len(classes)] = np.arange(len(classes))
         allowed = f"0 to {len(classes) - 1}"
     else:
-        for i, class_name in enumerate(classes):
-            for raw in label_map[class_name]:
+        ids = {"ignore": IGNORE} | {class_name: i for i, class_name in enumerate(classes)}
+        for class_name, raws in label_map.items():
+            for raw in raws:
                 if isinstance(raw, str):
                     if raw not in tags:
                         raise InputError(f"domain '{name}': label_map names the tag '{raw}', which "
                                          f"label_list.mat lacks; its tags are {', '.join(tags)}")
                     raw = tags.index(raw)
-                lookup[raw] = i
+                lookup[raw] = ids[class_name]
         allowed = ", ".join(map(str, np.flatnonzero(lookup >= 0)))
     lookup[IGNORE] = IGNORE
     return lookup, allowed

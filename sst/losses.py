@@ -37,20 +37,21 @@ def L_img(X_1, X_2to1, X_2, X_1to2):
     return d_l.sum()
 
 
-def L_u(terms, alpha=10, beta=1, lam=5):
+def L_u(terms, alpha=10, beta=1, lam=5, cross=0):
     """Eq. 12, universal parsing. terms: {"seg/NAME", "aux/NAME", "dataset", "img": scalar}; 0 if missing."""
     seg = sum(value for name, value in terms.items() if name.startswith("seg/"))
     aux = sum(value for name, value in terms.items() if name.startswith("aux/"))
-    return alpha * seg + beta * aux + lam * (terms.get("dataset", 0) + terms.get("img", 0))
+    paper = alpha * seg + beta * aux + lam * (terms.get("dataset", 0) + terms.get("img", 0))
+    return paper + cross * terms["cross"] if cross else paper  # L_cross is not the paper's
 
 
-def L_d(terms, target, alpha=10, beta=1, lam=5):
+def L_d(terms, target, alpha=10, beta=1, lam=5, cross=0):
     """Eq. 13, dedicated parsing: Eq. 12 with L_seg and L_aux of the one domain that is trained.
 
     In the first step that is the source, without consistency terms; in the second the target.
     """
     kept = {name: value for name, value in terms.items() if "/" not in name or name.endswith("/" + target)}
-    return L_u(kept, alpha, beta, lam)
+    return L_u(kept, alpha, beta, lam, cross)
 
 
 def cosine_distance(X, mapped, keep=0):
@@ -100,3 +101,24 @@ def direction(x):
     largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
     x = x / torch.where(largest < 1e-30, torch.inf, largest)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
+
+
+# Not the paper's --------------------------------------------------------------------------------------------
+
+
+def L_cross(A, Y, T):
+    """Cross-domain likelihood of the logits A (B, Z_j, h, w) of head j on images labelled in domain i.
+
+    Y (B, h, w) int64: their labels at the size of A, 255 ignored. T (Z_j, Z_i): T[k, y] = P(label y of domain
+    i | class k of domain j), rows summing to 1. A pixel labelled y costs -log sum_k p_j(k) T[k, y]: what head
+    j believes, told in the words of domain i, should be its label. That is the forward correction of noisy
+    labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean is Eq.
+    1's.
+    """
+    A = A.to(torch.promote_types(A.dtype, torch.float32)).flatten(2)  # (B, Z_j, n)
+    Y = Y.flatten(1)
+    weight = (Y != IGNORE).to(A.dtype)  # (B, n)
+    log_T = T.clamp(min=1e-6).log()[:, Y.where(Y != IGNORE, 0)].transpose(0, 1)  # (B, Z_j, n)
+    cost = A.logsumexp(1) - (A + log_T).logsumexp(1)
+    L = (cost * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return L.mean() if len(L) else L.sum()

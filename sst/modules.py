@@ -9,14 +9,14 @@ Shapes: B images, D channels, Z classes (background included), l = 1, 2, 3 the s
 Equations come first. What they are computed with stands below them.
 """
 
-from itertools import combinations
+from itertools import combinations, permutations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .domains import IGNORE, word_similarity
-from .losses import L_aux, L_dataset, L_img
+from .losses import L_aux, L_cross, L_dataset, L_img
 
 L = 3  # decoder scales
 
@@ -233,6 +233,14 @@ class SST(nn.Module):
             img = L_img(X_1, X_2to1, X_2, X_1to2)
         return dataset, img
 
+    def attention(self, j, i):
+        """Logits of Eq. 8's softmax from domain i to domain j, (Z_j, Z_i)."""
+        one_is_i = (i, j) in self.pairs
+        mst = self.mst[f"{i}:{j}" if one_is_i else f"{j}:{i}"]
+        to, start = (mst.QKV_2, mst.QKV_1) if one_is_i else (mst.QKV_1, mst.QKV_2)
+        Q, K = to["0"](self.mse[j].X_0).chunk(3, dim=-1)[0], start["0"](self.mse[i].X_0).chunk(3, dim=-1)[1]
+        return Q @ K.T / Q.shape[-1] ** 0.5
+
     def check(self, H, labels, domain, logits):
         """Raise ValueError for what does not belong together."""
         B = len(labels)
@@ -377,3 +385,67 @@ def row_cosine(X):
     X = F.normalize(X.float(), dim=-1)
     Z = X.shape[-2]
     return ((X.sum(-2).square().sum(-1) - X.square().sum((-1, -2))) / (Z * (Z - 1))).mean()
+
+
+# Not the paper's --------------------------------------------------------------------------------------------
+
+
+class Association(nn.Module):
+    """Which class of one domain is which of another, for L_cross: T_ji (Z_j, Z_i) of every ordered pair of
+    domains.
+
+    how: "words": a softmax of the class names' similarities. "counts": counted from what head j predicts
+         where domain i has a label, an EM step, with the words as prior. "mst": the softmax of Eq. 8, with
+         M_static as a prior inside it; learned by gradient through L_cross.
+    N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm (StepStatistics).
+    """
+
+    TEMPERATURE, MOMENTUM, PRIOR = 0.1, 0.98, 0.3
+
+    def __init__(self, domains, how):
+        super().__init__()
+        one_of("association", how, "words", "counts", "mst")
+        self.how = how
+        for j, i in permutations(domains, 2):
+            words = word_similarity(j, i) / self.TEMPERATURE
+            self.register_buffer(f"words:{j.name}:{i.name}", words, persistent=False)
+            if how == "counts":
+                self.register_buffer(f"N:{j.name}:{i.name}", torch.zeros_like(words))
+
+    def T(self, j, i, sst=None):
+        """(Z_j, Z_i), rows summing to 1."""
+        words = getattr(self, f"words:{j}:{i}")
+        if self.how == "mst":
+            return (sst.attention(j, i) + words).softmax(-1)
+        if self.how == "words":
+            return words.softmax(-1)
+        N = getattr(self, f"N:{j}:{i}")
+        T = N + (self.PRIOR * N.sum(-1, keepdim=True) + 1e-6) * words.softmax(-1)
+        return T / T.sum(-1, keepdim=True)
+
+    def statistics(self):
+        """The buffers that a step's micro-batches share."""
+        return [buffer for name, buffer in self.named_buffers() if name.startswith("N:")]
+
+    @torch.no_grad()
+    def count(self, j, i, A, Y):
+        """Add head j's predictions, logits A (B, Z_j, h, w), where the labels of domain i are Y (B, h, w)."""
+        N = getattr(self, f"N:{j}:{i}")
+        p = A.float().softmax(1).permute(0, 2, 3, 1)[Y != IGNORE]  # (n, Z_j)
+        labelled = F.one_hot(Y[Y != IGNORE], N.shape[1]).to(p.dtype)  # (n, Z_i)
+        N.lerp_((p.T @ labelled / max(1, len(p))).to(N.dtype), 1 - self.MOMENTUM)
+
+    def forward(self, A, labels, domain, sst=None):
+        """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of every head, all
+        images."""
+        total = 0
+        size = next(iter(A.values()))
+        (Y,) = regions_of(labels, [size])
+        for j, i in permutations(A, 2):
+            rows = rows_of(domain, i)
+            if rows == []:
+                continue
+            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))
+            if self.training and self.how == "counts":
+                self.count(j, i, A[j][rows], Y[rows])
+        return total

@@ -51,6 +51,13 @@ def set_rate(optimizer, part, config):
     return lr
 
 
+def loss_weights(config, step):
+    """alpha, beta and lambda of Eq. 12 and 13, and the weight of L_cross, which rises over the first
+    steps."""
+    ramp = min(1.0, (step + 1) / (config.cross_ramp * config.steps)) if config.cross_ramp else 1.0
+    return config.alpha, config.beta, config.lam, config.alpha * config.cross * ramp
+
+
 def precision(name, device):
     """The dtype of autocast; None for float32."""
     if name == "auto":

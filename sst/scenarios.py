@@ -16,15 +16,15 @@ from .errors import InputError
 from .files import MEAN_COLOUR
 from .losses import L_seg
 from .model import STRIDE, ParsingNet
-from .modules import SST, intra_matrix, named, paired, rows_of, static_matrix
+from .modules import SST, Association, intra_matrix, named, paired, rows_of, static_matrix
 
 
 class Universal(nn.Module):
-    """The kept network and, beside it, SST (or None). balance: of L_seg."""
+    """The kept network and, beside it, SST and an Association (or None). balance: of L_seg."""
 
-    def __init__(self, net, sst, balance=0.0):
+    def __init__(self, net, sst, balance=0.0, association=None):
         super().__init__()
-        self.net, self.sst, self.balance = net, sst, balance
+        self.net, self.sst, self.balance, self.association = net, sst, balance, association
         self.extract = net.features  # --compile puts its compiled form here: crops have one size, photos many
 
     def forward(self, images, labels, domain, given=None):
@@ -36,6 +36,9 @@ class Universal(nn.Module):
         images, labels = padded(images, labels.long())
         H = self.features(images)
         A, terms, X = {}, {}, {}
+        if self.association is not None:
+            every = {name: head(H[-1]) for name, head in self.net.heads.items()}
+            terms["cross"] = self.association(every, labels, domain, self.sst)
         for name, head in self.net.heads.items():
             rows = rows_of(domain, name)
             A[name] = head(H[-1][rows])
@@ -45,7 +48,8 @@ class Universal(nn.Module):
             terms |= losses
             for name in [name for name in self.net.heads if name not in domain]:
                 terms |= absent(name, self.sst, terms)
-        order = [f"{kind}/{name}" for kind in ("seg", "aux") for name in self.net.heads] + ["dataset", "img"]
+        order = [f"{kind}/{name}" for kind in ("seg", "aux") for name in self.net.heads]
+        order += ["dataset", "img", "cross"]
         return {key: terms[key] for key in order if key in terms}, X
 
     def features(self, images):
@@ -125,7 +129,14 @@ def build(config, domains, origin=None, resumed=False):
     torch.manual_seed(config.seed + 1)
     if config.mode == "dedicated":
         return build_dedicated(config, domains, origin, net)
-    return Universal(net, build_sst(config, domains, net.arch.dim), config.balance)
+    sst = build_sst(config, domains, net.arch.dim)
+    association = None
+    if config.cross and len(domains) > 1:
+        if config.association == "mst" and (sst is None or not sst.dataset_level):
+            raise InputError("--association mst: needs Eq. 8's attention; give --lam above 0 and --scr both "
+                             "or dataset")
+        association = Association(domains, config.association)
+    return Universal(net, sst, config.balance, association)
 
 
 def build_sst(config, domains, dim, sources=()):

@@ -16,7 +16,8 @@ GOOD = {"name": "mine", "classes": ["background", "left hand", "right hand", "ha
 
 def test_builtin_domains_have_the_published_ids():
     assert {name: builtin_domain(name).num_classes for name in BUILTIN} == {
-        "pascal": 7, "atr": 18, "cihp": 20, "lip": 20, "ccp-coarse": 7, "ccp-middle": 13, "ccp-fine": 27}
+        "pascal": 7, "atr": 18, "cihp": 20, "lip": 20, "ccp-coarse": 7, "ccp-common": 13, "ccp-middle": 13,
+        "ccp-fine": 27}
     assert builtin_domain("pascal").classes == (
         "background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
     atr, cihp, lip = builtin_domain("atr"), builtin_domain("cihp"), builtin_domain("lip")

@@ -12,7 +12,7 @@ import train
 from sst import model, runs, scenarios
 from sst.data import Crops, Photos
 from sst.domains import builtin_domain
-from sst.distributed import StepBatchNorm
+from sst.distributed import StepStatistics
 from sst.errors import InputError
 from sst.optim import Muon
 
@@ -356,7 +356,7 @@ def test_frozen_batch_norm_stays_frozen_when_it_is_synchronised():
 
 def test_a_skipped_step_restores_synchronised_statistics():
     net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.ParsingNet({"a": 2}, TINY)).train()
-    norms = StepBatchNorm(net)
+    norms = StepStatistics(net)
     norms.begin()
     net.backbone.bn1.running_mean.fill_(float("nan"))
     norms.collect()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_train import BASE, DOMAINS, SHORT, batches, lines, run
 
+import train
 from sst import checkpoint, runs, scenarios
 from sst.config import preset, restored
+from sst.errors import InputError
 from sst.losses import L_u
 
 
@@ -123,3 +125,30 @@ def test_step_1_of_dedicated_parsing_has_the_same_weights_of_the_losses_unless_b
     of = lambda config: [(stage.alpha, stage.beta, stage.lam) for stage in runs.stages(config)]
     assert of(runs.configure([*flags, "--beta", "0.5", "--lam", "2"])) == [(3, 0.5, 2)] * 2
     assert of(runs.configure([*flags, "--beta", "0", "--lam", "0"])) == [(3, 1, 5), (3, 0, 0)]
+
+
+# Which samples ----------------------------------------------------------------------------------------------
+
+
+def test_drawn_domains_stand_beside_folders_and_a_limit_takes_some_samples():
+    drawn = ["--data", "atr=figures", "cihp=figures", "--preset", "small"]
+    config = runs.configure([*drawn, "--limit", "cihp=20"])
+    (atr, cihp), val_sets = train.open_data(config)
+    assert (atr.domain.name, len(atr), cihp.domain.name, len(cihp)) == ("atr", 2000, "cihp", 20)
+    assert len(val_sets[0]) == 80 and atr.where(0) == "figure 1 of seed 0", "the same as without --data"
+    fewer = train.open_data(config | {"limit": ["cihp=5"]})[0][1]
+    assert set(fewer.indices) < set(cihp.indices)
+    assert train.open_data(config | {"limit": ["cihp=5"], "seed": 1})[0][1].indices != fewer.indices
+
+
+@pytest.mark.parametrize("spec", ["pascal", "pascal=", "=3", "pascal=0", "pascal=-1", "pascal=half"])
+def test_a_limit_that_is_none(spec):
+    with pytest.raises(InputError, match=f"--limit {spec}: write NAME=N with a whole number from 1 on"):
+        runs.configure(["--limit", spec])
+
+
+def test_a_limit_of_a_domain_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="--limit atr=3: 'atr' is none of the run's label domains, pascal"):
+        runs.configure(["--data", "pascal=figures", "--limit", "atr=3", "--preset", "small"])
+    flags = ["--mode", "dedicated", "--source", "cihp=x", "--target", "pascal=y", "--limit"]
+    assert runs.configure([*flags, "pascal=3"]).limit == ["pascal=3"]

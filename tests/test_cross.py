@@ -1,0 +1,152 @@
+"""What is not the paper's: L_cross, and the tables of associations that it reads, by hand."""
+
+import json
+from math import log
+
+import pytest
+import torch
+from test_train import BASE, DOMAINS, SHORT, batches, lines, run
+
+from sst import checkpoint, runs, scenarios
+from sst.distributed import StepStatistics
+from sst.domains import LabelDomain
+from sst.errors import InputError
+from sst.losses import L_cross, L_u
+from sst.modules import Association
+
+COARSE = LabelDomain("coarse", ("background", "head"))
+FINE = LabelDomain("fine", ("background", "hat", "face"))
+
+
+def logits(*pixels):
+    """(1, Z, 1, n) logits whose softmax is each pixel's probabilities."""
+    return torch.tensor(pixels).log().T[None, :, None]
+
+
+def test_l_cross_is_the_likelihood_of_the_label_in_the_other_domains_words():
+    # Head `coarse` says head with 3/4; a head is a hat with 1/4, a face with 3/4; the background is itself.
+    T = torch.tensor([[1.0, 0, 0], [0, 0.25, 0.75]])
+    A = logits([0.25, 0.75])
+    for label, expected in ((0, -log(0.25)), (1, -log(0.75 * 0.25)), (2, -log(0.75 * 0.75))):
+        assert L_cross(A, torch.tensor([[[label]]]), T).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_ignored_pixels_do_not_count_and_an_image_of_them_is_0():
+    T, A = torch.eye(2), logits([0.5, 0.5], [0.25, 0.75])
+    one = L_cross(A, torch.tensor([[[0, 255]]]), T)
+    assert one.item() == pytest.approx(log(2), abs=1e-5)
+    assert L_cross(A, torch.tensor([[[255, 255]]]), T) == 0
+    both = L_cross(torch.cat([A, A]), torch.tensor([[[0, 255]], [[255, 255]]]), T)
+    assert both.item() == pytest.approx(one.item() / 2)
+
+
+def test_its_gradient_is_one_step_of_em():
+    """d/dA = p - q, q(k) in proportion to p(k) T(k, y): the posterior of the head's class given the label."""
+    T = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.0001, 0.9999]])
+    A = logits([0.5, 0.3, 0.2]).requires_grad_()
+    L_cross(A, torch.tensor([[[1]]]), T).backward()
+    p = torch.tensor([0.5, 0.3, 0.2])
+    q = p * T[:, 1] / (p * T[:, 1]).sum()
+    torch.testing.assert_close(A.grad.flatten(), p - q, atol=1e-5, rtol=1e-4)
+
+
+def test_an_association_counts_what_a_head_says_where_another_domain_has_a_label():
+    association = Association([COARSE, FINE], "counts")
+    # Two labelled pixels of `fine`: a hat, which head `coarse` calls head with 1, and background, called head
+    # with 1/2.
+    association.count("coarse", "fine", logits([1e-9, 1], [0.5, 0.5]), torch.tensor([[[1, 0]]]))
+    N = getattr(association, "N:coarse:fine")
+    torch.testing.assert_close(N, 0.02 * torch.tensor([[0.25, 0, 0], [0.25, 0.5, 0]]), atol=1e-6, rtol=1e-4)
+    T = association.T("coarse", "fine")
+    words = getattr(association, "words:coarse:fine").softmax(-1)
+    expected = N[1] + 0.3 * N[1].sum() * words[1]
+    torch.testing.assert_close(T.sum(-1), torch.ones(2))
+    torch.testing.assert_close(T[1], expected / expected.sum(), atol=1e-4, rtol=1e-3)
+
+
+def test_an_association_without_a_count_is_the_words():
+    counted, words = Association([COARSE, FINE], "counts"), Association([COARSE, FINE], "words")
+    for j, i in (("coarse", "fine"), ("fine", "coarse")):
+        torch.testing.assert_close(counted.T(j, i), words.T(j, i))
+    assert words.T("coarse", "fine")[0].argmax() == 0, "background is background"
+
+
+@pytest.mark.parametrize("change", [{"association": how} for how in ("words", "counts", "mst")] + [
+    {"association": "counts", "beta": 0, "lam": 0}], ids=str)
+def test_a_few_steps_lower_l_cross(change):
+    model = scenarios.build(BASE | {"cross": 1.0} | change, DOMAINS).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    (batch,) = batches(DOMAINS, 1)
+    losses = []
+    for _ in range(6):
+        terms, _ = model(*batch[:3])
+        losses.append(terms["cross"].item())
+        L_u(terms, cross=10).backward()
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_the_network_is_the_one_without_it_and_nothing_of_it_is_kept(tmp_path, monkeypatch):
+    one, two = (scenarios.build(BASE | {"cross": w}, DOMAINS).net.state_dict() for w in (1.0, 0.0))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    run(monkeypatch, *SHORT, "--cross", 1, "--steps", 2, "--validations", 0, "--out", tmp_path / "run")
+    kept = torch.load(tmp_path / "run/model.pt", weights_only=True)["weights"]
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)["weights"]
+    assert (last["association.N:atr:cihp"] > 0).any() and "cross" in lines(tmp_path / "run")[0]["loss"]
+    assert set(kept) == {key.removeprefix("net.") for key in last if key.startswith("net.")}
+    trained = scenarios.build(runs.saved(tmp_path / "run/config.json"), DOMAINS)
+    checkpoint.load_weights(trained, last, "last.pt")
+    images = torch.rand(1, 3, 64, 64)
+    one, two = trained.eval().net(images), checkpoint.load_model(tmp_path / "run/model.pt")[0](images)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_its_weight_rises_and_the_total_has_it(tmp_path, monkeypatch):
+    flags = [*SHORT, "--cross", 0.5, "--cross-ramp", 1, "--steps", 2, "--validations", 0]
+    run(monkeypatch, *flags, "--out", tmp_path / "run")
+    for line, ramp in zip(lines(tmp_path / "run"), (0.5, 1)):
+        loss = line["loss"]
+        paper = L_u({name: value for name, value in loss.items() if name != "total"})
+        assert loss["total"] == pytest.approx(paper + 10 * 0.5 * ramp * loss["cross"], rel=1e-5)
+
+
+def test_counts_are_statistics_of_a_step():
+    """Two micro-batches, each from the counts before the step; their mean. A skipped step leaves no trace."""
+    model = scenarios.build(BASE | {"cross": 1.0}, DOMAINS).train()
+    statistics, N = StepStatistics(model), getattr(model.association, "N:atr:cihp")
+    one, two = batches(DOMAINS, 2)
+    alone = []
+    for batch in (one, two):
+        statistics.begin()
+        model(*batch[:3])
+        alone.append(N.clone())
+        statistics.undo()
+        assert (N == 0).all()
+    statistics.begin()
+    for batch in (one, two):
+        model(*batch[:3])
+        statistics.collect()
+    statistics.finish(2)
+    torch.testing.assert_close(N, (alone[0] + alone[1]) / 2)
+
+
+def test_a_run_with_it_resumes_bit_for_bit(tmp_path, monkeypatch):
+    flags = [*SHORT, "--cross", 1, "--validations", 0, "--save-every", 1]
+    run(monkeypatch, *flags, "--steps", 3, "--out", tmp_path / "whole")
+    content = torch.load(tmp_path / "whole/previous.pt", weights_only=True)  # of step 2
+    (tmp_path / "part").mkdir()
+    torch.save(content, tmp_path / "part/last.pt")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "part/config.json").write_text(json.dumps(config))
+    run(monkeypatch, "--resume", tmp_path / "part")
+    whole, part = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "part"))
+    assert all(torch.equal(whole["weights"][key], part["weights"][key]) for key in whole["weights"])
+
+
+def test_the_preset_paper_has_none_of_it_and_mst_needs_its_attention():
+    assert runs.configure(["--data", "pascal=x"]).cross == 0
+    assert scenarios.build(BASE, DOMAINS).association is None
+    with pytest.raises(InputError, match="--association mst: needs Eq. 8's attention"):
+        scenarios.build(BASE | {"cross": 1.0, "association": "mst", "lam": 0}, DOMAINS)
