@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(Backbone):
-    """images (B, 3, H, W), 32 dividing H and W -> four maps of strides 4, 8, 16, 32."""
+    """images (B, 3, H, W), H and W multiples of 32 -> four maps of strides 4, 8, 16, 32."""
 
     network = "an EfficientNet-Lite0"
     file = "EfficientNet-Lite0's file (efficientnet-lite0-57934424.pth)"
