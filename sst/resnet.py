@@ -3,9 +3,9 @@
 v1.5 puts a block's stride in its 3x3 convolution. So the public ImageNet files load unchanged.
 """
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm, too, is one
+
+from .backbone import Backbone
 
 
 class Bottleneck(nn.Module):
@@ -31,15 +31,18 @@ class Bottleneck(nn.Module):
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32 with 4, 8, 16, 32 times `width` channels.
 
     blocks: residual blocks per stage; (3, 4, 6, 3) with width 64 is ResNet-50.
     """
 
+    file = "torchvision's ResNet file (such as resnet50-0676ba61.pth)"
+
     def __init__(self, blocks=(3, 4, 6, 3), width=64):
         super().__init__()
-        self.blocks, self.frozen = tuple(blocks), False
+        self.blocks = tuple(blocks)
+        self.network = f"a ResNet with blocks {self.blocks}"
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -65,18 +68,10 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.frozen:  # batches of four are too small to replace ImageNet's statistics (as in DETR)
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
+    def stages(self):
+        return [[self.conv1, self.bn1, self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
-    def freeze(self):
-        """Batch norm keeps its statistics, scales and shifts from here on."""
-        self.frozen = True
-        for module in self.modules():
-            if isinstance(module, _BatchNorm):
-                module.requires_grad_(False)
-        self.train(self.training)
+    @staticmethod
+    def from_imagenet(state):
+        """A published file's entries without those of the classifier's head."""
+        return {key: value for key, value in state.items() if not key.startswith("fc.")}

@@ -122,10 +122,9 @@ def build(config, domains, origin=None, resumed=False):
     torch.manual_seed(config.seed)
     net = from_spec(origin["arch"], domains) if origin else ParsingNet(domains, config.arch)
     if config.backbone_weights != "none":
-        if origin or resumed:
-            net.backbone.freeze()
-        else:
+        if not (origin or resumed):
             load_imagenet(net.backbone, config.backbone_weights)
+        net.backbone.freeze(config.freeze_stages)
     torch.manual_seed(config.seed + 1)
     if config.mode == "dedicated":
         return build_dedicated(config, domains, origin, net)

@@ -1,0 +1,264 @@
+"""Where do several label domains help? Every number of docs/results.md, from cells that are kept.
+
+    python experiments.py run --photos DIR             all cells that are not there yet, two side by side
+    python experiments.py run --photos DIR --only unseen-labels --variants multi cross --seeds 0 1 2
+    python experiments.py run --photos DIR --dry-run   what would be done, and how long it takes
+    python experiments.py report                       docs/results.md and its picture from docs/cells.jsonl
+
+A cell is a test bed, a variant and a seed: one run of train.py in a folder of its own, on one thread, and its scores.
+A finished cell is a line of docs/cells.jsonl with its settings, versions and times. DIR holds Clothing Co-Parsing.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, median, stdev
+from threading import Lock
+
+ROOT = Path(__file__).parent
+CELLS, PAGE, PICTURE = ROOT / "docs/cells.jsonl", ROOT / "docs/results.md", ROOT / "docs/results.png"
+
+# What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of the paper's Table 1.
+VARIANTS = {
+    "multi": ["--beta", "0", "--lam", "0"],
+    "cross": ["--beta", "0", "--lam", "0", "--cross", "1", "--association", "counts"],
+    "cross-words": ["--beta", "0", "--lam", "0", "--cross", "1", "--association", "words"],
+    "sst": [],
+}
+WHAT = {"multi": "Multi-datasets", "cross": "+ L_cross, associations counted",
+        "cross-words": "+ L_cross, associations from words", "sst": "SST as written"}
+PHOTOS = ["ccp-coarse=DIR", "ccp-middle=DIR", "ccp-fine=DIR"]
+
+# The head `atr` scored on photos, through the classes that it shares with their tags.
+ATR_TO_COMMON = {
+    "background": "background", "hat": "hat", "hair": "hair", "sunglasses": "sunglasses", "bag": "bag",
+    "upper-clothes": "upper-clothes", "skirt": "skirt", "pants": "pants", "dress": "dress", "belt": "belt",
+    "scarf": "scarf", "left shoe": "shoes", "right shoe": "shoes", "face": "skin", "left leg": "skin",
+    "right leg": "skin", "left arm": "skin", "right arm": "skin"}
+
+# name: (what it asks, flags of train.py, which score counts)
+BEDS = {
+    "unseen-labels": (
+        "Labels that no photo has. 1,500 drawn figures carry `atr`, 266 photos carry `ccp-fine`. Scored: the "
+        "head `atr` on the 104 validation photos, over the 13 classes that both have.",
+        ["--preset", "lite", "--data", "ccp-fine=DIR", "atr=figures", "--limit", "atr=1500", "--steps", "500"],
+        "atr on photos"),
+    "poor-coarse": (
+        "One poor domain. 20 photos carry `ccp-coarse`, 267 `ccp-middle`, 266 `ccp-fine`. Scored: "
+        "`ccp-coarse`.",
+        ["--preset", "lite", "--data", *PHOTOS, "--limit", "ccp-coarse=20", "--steps", "500"], "ccp-coarse"),
+    "balanced-photos": (
+        "Balanced. 800 photos, a third for each of `ccp-coarse`, `ccp-middle`, `ccp-fine`. Scored: their "
+        "mean.",
+        ["--preset", "lite", "--data", *PHOTOS, "--steps", "500"], "mean"),
+}
+
+
+# Running cells ----------------------------------------------------------------------------------------------
+
+
+def kept():
+    """The finished cells, a dictionary each."""
+    return [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+
+
+def wanted(args):
+    """(bed, variant, seed) of the cells asked for that are not kept."""
+    done = {(cell["bed"], cell["variant"], cell["seed"]) for cell in kept()}
+    asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in args.variants]
+    return [cell for cell in asked if cell not in done]
+
+
+def run_cell(bed, variant, seed, args):
+    """Train and score one cell; returns its record."""
+    out = Path(args.runs) / bed / f"{variant}-{seed}"
+    flags = [*BEDS[bed][1], *VARIANTS[variant], "--seed", str(seed)]
+    program([ROOT / "train.py", *flags, "--validations", 0, "--out", out, "--resume", "auto"], args, out)
+    began = time.time()
+    scores = score(bed, out, args)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line["time"] for line in log if line["kind"] == "train"]
+    return {"bed": bed, "variant": variant, "seed": seed, "scores": scores, "flags": flags,
+            "steps": log[-1]["step"], "seconds a step": round(median(t["step"] for t in steps), 4),
+            "seconds": round(steps[-1]["seconds"]), "seconds of scoring": round(time.time() - began), **about()}
+
+
+def score(bed, out, args):
+    """{what: mIoU %} of a trained cell on the validation lists."""
+    if BEDS[bed][2] == "atr on photos":
+        map_file = out / "atr-to-common.json"
+        map_file.write_text(json.dumps(ATR_TO_COMMON))
+        result = evaluate(out, ["ccp-common=DIR"], ["--as", f"ccp-common:atr={map_file}"], args)
+        (table,) = result.values()
+        return {"atr on photos": table["miou"]} | {f"atr on photos: {name}": iou for name, iou in table["iou"].items()}
+    names = [spec for spec in BEDS[bed][1] if spec.endswith("=DIR")]
+    scores = {name: table["miou"] for name, table in evaluate(out, names, [], args).items()}
+    return scores | {"mean": mean(scores.values())}
+
+
+def evaluate(out, data, flags, args):
+    return json.loads(program([ROOT / "evaluate.py", out, "--data", *data, *flags, "--json"], args))
+
+
+def program(words, args, out=None):
+    """Run a program of the root on one thread; returns what it prints. Raises RuntimeError with its last line."""
+    words = [str(word).replace("=DIR", f"={args.photos}") for word in words]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
+    return done.stdout
+
+
+def about():
+    """Versions and machine; no host and no path."""
+    import torch
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = models[0] if models else cpu
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu, "threads": 1}
+
+
+def run(args):
+    cells, lock, began, done = wanted(args), Lock(), time.time(), []
+    print(f"{len(cells)} cells to do, {args.jobs} side by side")
+    if args.dry_run:
+        print("\n".join(f"  {bed}, {variant}, seed {seed}" for bed, variant, seed in cells))
+        return 0
+
+    def work(cell):
+        try:
+            record, words = run_cell(*cell, args), None
+        except RuntimeError as error:
+            record, words = None, f"failed: {error}"
+        with lock:
+            done.append(record)
+            if record:
+                with open(CELLS, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                words = f"{BEDS[cell[0]][2]} {record['scores'][BEDS[cell[0]][2]]:.2f} %"
+            left = (time.time() - began) / len(done) * (len(cells) - len(done))
+            print(f"{len(done)}/{len(cells)}  {cell[0]}, {cell[1]}, seed {cell[2]}: {words}; {left / 60:.0f} "
+                  "min left", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, cells))
+    return int(None in done)
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+
+def by_variant(bed):
+    """{variant: {seed: score}} of a test bed's kept cells."""
+    scores = {}
+    for cell in kept():
+        if cell["bed"] == bed:
+            scores.setdefault(cell["variant"], {})[cell["seed"]] = cell["scores"][BEDS[bed][2]]
+    return scores
+
+
+def paired(scores, baseline):
+    """Differences, seed by seed, of the seeds that both have."""
+    return [scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())]
+
+
+def p_value(differences):
+    """Two-sided, of a paired t-test: the tails of Student's density, integrated."""
+    n = len(differences)
+    if n < 2 or not stdev(differences):
+        return float("nan")
+    t, nu = abs(mean(differences)) / stdev(differences) * n ** 0.5, n - 1
+    constant = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / (nu * math.pi) ** 0.5
+    # With x = sqrt(nu) tan(a) the density is constant * sqrt(nu) cos(a)^(nu - 1) over a finite interval.
+    start, steps = math.atan(t / nu ** 0.5), 20000
+    width = (math.pi / 2 - start) / steps
+    tail = sum(math.cos(start + (k + 0.5) * width) ** (nu - 1) for k in range(steps)) * width
+    return 2 * constant * nu ** 0.5 * tail
+
+
+def spread(values):
+    """Mean and standard error, in words."""
+    return f"{mean(values):.2f} ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else f"{mean(values):.2f}"
+
+
+def table(bed):
+    """Lines of a test bed's table."""
+    scores, what = by_variant(bed), BEDS[bed][2]
+    lines = [f"## {bed}", "", BEDS[bed][0], "", "```",
+             f"python experiments.py run --photos DIR --only {bed}", "```", "",
+             f"| | {what}, mIoU % | n | against Multi-datasets | better in | p | a step |",
+             "|---|---|---|---|---|---|---|"]
+    steps = {v: median(c["seconds a step"] for c in kept() if (c["bed"], c["variant"]) == (bed, v)) for v in scores}
+    for variant in sorted(scores, key=list(VARIANTS).index):
+        values, row = list(scores[variant].values()), f"| {WHAT[variant]} "
+        row += f"| {spread(values)} | {len(values)} "
+        differences = paired(scores[variant], scores.get("multi", {})) if variant != "multi" else []
+        if differences:
+            better, n = sum(d > 0 for d in differences), len(differences)
+            row += f"| {spread(differences)} | {better} of {n} | {p_value(differences):.2g} "
+            row += f"| {steps[variant] / steps['multi']:.2f} x |"
+        else:
+            row += f"| | | | {steps[variant]:.3f} s |"
+        lines.append(row)
+    return lines + [""]
+
+
+def picture(beds):
+    """Every seed a dot, every variant a column, every test bed a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4 * len(beds), 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, bed in zip(figure.subplots(1, len(beds), squeeze=False)[0], beds):
+        scores = by_variant(bed)
+        variants = sorted(scores, key=list(VARIANTS).index)
+        for x, variant in enumerate(variants):
+            values = list(scores[variant].values())
+            axis.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
+            axis.plot([x - 0.2, x + 0.2], [mean(values)] * 2, color="C1", linewidth=2)
+        axis.set(title=bed, ylabel=f"{BEDS[bed][2]}, mIoU %", xticks=range(len(variants)), xlim=(-0.6, len(variants) - 0.4))
+        axis.set_xticklabels(variants, rotation=20)
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(PICTURE)
+
+
+def report(args):
+    """Write the tables and the picture below the page's words, which stay."""
+    beds = [bed for bed in BEDS if by_variant(bed)]
+    mark = "<!-- tables -->"
+    words = PAGE.read_text().split(mark)[0] if PAGE.exists() else "# Results\n\n"
+    lines = [mark, "", "![Every seed a dot, the mean a line](results.png)", ""]
+    PAGE.write_text(words + "\n".join(lines + [line for bed in beds for line in table(bed)]))
+    picture(beds)
+    print(f"wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)} from {len(kept())} cells")
+    return 0
+
+
+def arguments():
+    p = argparse.ArgumentParser("experiments.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    commands = p.add_subparsers(required=True, metavar="run|report")
+    r = commands.add_parser("run", help="do the cells that are not kept yet")
+    r.add_argument("--photos", metavar="DIR", required=True, help="the folder of Clothing Co-Parsing")
+    r.add_argument("--only", nargs="+", choices=list(BEDS), default=list(BEDS), help="test beds")
+    r.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    r.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="0 to 7")
+    r.add_argument("--jobs", type=int, default=2, help="cells side by side, a thread each (2)")
+    r.add_argument("--runs", metavar="DIR", default="runs/cells", help="folder of the trainings (runs/cells)")
+    r.add_argument("--dry-run", action="store_true", help="only list them")
+    r.set_defaults(go=run)
+    commands.add_parser("report", help="write docs/results.md from the kept cells").set_defaults(go=report)
+    return p
+
+
+if __name__ == "__main__":
+    args = arguments().parse_args()
+    sys.exit(args.go(args))

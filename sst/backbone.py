@@ -1,0 +1,35 @@
+"""What every backbone of the kept network can do: keep what ImageNet has taught it."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm, too, is one
+
+
+class Backbone(nn.Module):
+    """images (B, 3, H, W), normalised with ImageNet's mean and std -> four maps of strides 4, 8, 16, 32.
+
+    A subclass has `channels` of the four maps, `stages()`, and what sst/checkpoint.py needs of its published
+    file: `network` and `file` in words, and `from_imagenet`.
+    """
+
+    frozen = False
+
+    def stages(self):
+        """Four lists: the modules that make each map of the one before; the stem belongs to the first."""
+        raise NotImplementedError
+
+    def train(self, mode=True):
+        super().train(mode)
+        # batches of four are too small to replace the statistics of ImageNet (as DETR and Mask2Former)
+        if self.frozen:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze(self, stages=0):
+        """Batch norm keeps its statistics, scales and shifts from here on, the first stages all they have."""
+        self.frozen = True
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        for module in norms + sum(self.stages()[:stages], []):
+            module.requires_grad_(False)
+        self.train(self.training)
