@@ -2,11 +2,12 @@
 
     python experiments.py run --photos DIR             all cells that are not there yet, two side by side
     python experiments.py run --photos DIR --only unseen-labels --variants multi cross --seeds 0 1 2
-    python experiments.py run --photos DIR --dry-run   what would be done, and how long it takes
+    python experiments.py run --photos DIR --dry-run   what would be done
     python experiments.py report                       docs/results.md and its picture from docs/cells.jsonl
 
-A cell is a test bed, a variant and a seed: one run of train.py in a folder of its own, on one thread, and its scores.
-A finished cell is a line of docs/cells.jsonl with its settings, versions and times. DIR holds Clothing Co-Parsing.
+A cell is a test bed, a variant and a seed: one run of train.py in a folder of its own, on one thread, and
+its scores. A finished cell is a line of docs/cells.jsonl with its settings, versions and times. DIR holds
+Clothing Co-Parsing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from threading import Lock
 ROOT = Path(__file__).parent
 CELLS, PAGE, PICTURE = ROOT / "docs/cells.jsonl", ROOT / "docs/results.md", ROOT / "docs/results.png"
 
-# What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of the paper's Table 1.
+# What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of Table 1.
 VARIANTS = {
     "multi": ["--beta", "0", "--lam", "0"],
     "cross": ["--beta", "0", "--lam", "0", "--cross", "1", "--association", "counts"],
@@ -48,7 +49,8 @@ BEDS = {
     "unseen-labels": (
         "Labels that no photo has. 1,500 drawn figures carry `atr`, 266 photos carry `ccp-fine`. Scored: the "
         "head `atr` on the 104 validation photos, over the 13 classes that both have.",
-        ["--preset", "lite", "--data", "ccp-fine=DIR", "atr=figures", "--limit", "atr=1500", "--steps", "500"],
+        ["--preset", "lite", "--data", "ccp-fine=DIR", "atr=figures", "--limit", "atr=1500",
+         "--steps", "500"],
         "atr on photos"),
     "poor-coarse": (
         "One poor domain. 20 photos carry `ccp-coarse`, 267 `ccp-middle`, 266 `ccp-fine`. Scored: "
@@ -87,7 +89,8 @@ def run_cell(bed, variant, seed, args):
     steps = [line["time"] for line in log if line["kind"] == "train"]
     return {"bed": bed, "variant": variant, "seed": seed, "scores": scores, "flags": flags,
             "steps": log[-1]["step"], "seconds a step": round(median(t["step"] for t in steps), 4),
-            "seconds": round(steps[-1]["seconds"]), "seconds of scoring": round(time.time() - began), **about()}
+            "seconds": round(steps[-1]["seconds"]), "seconds of scoring": round(time.time() - began),
+            **about()}
 
 
 def score(bed, out, args):
@@ -97,7 +100,8 @@ def score(bed, out, args):
         map_file.write_text(json.dumps(ATR_TO_COMMON))
         result = evaluate(out, ["ccp-common=DIR"], ["--as", f"ccp-common:atr={map_file}"], args)
         (table,) = result.values()
-        return {"atr on photos": table["miou"]} | {f"atr on photos: {name}": iou for name, iou in table["iou"].items()}
+        classes = {f"atr on photos: {name}": iou for name, iou in table["iou"].items()}
+        return {"atr on photos": table["miou"]} | classes
     names = [spec for spec in BEDS[bed][1] if spec.endswith("=DIR")]
     scores = {name: table["miou"] for name, table in evaluate(out, names, [], args).items()}
     return scores | {"mean": mean(scores.values())}
@@ -108,9 +112,10 @@ def evaluate(out, data, flags, args):
 
 
 def program(words, args, out=None):
-    """Run a program of the root on one thread; returns what it prints. Raises RuntimeError with its last line."""
+    """Run a program on one thread. Returns what it prints; raises RuntimeError with its last line."""
     words = [str(word).replace("=DIR", f"={args.photos}") for word in words]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
     return done.stdout
@@ -119,12 +124,13 @@ def program(words, args, out=None):
 def about():
     """Versions and machine; no host and no path."""
     import torch
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = models[0] if models else cpu
-    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu, "threads": 1}
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"commit": git.stdout.strip(), "torch": torch.__version__, "python": platform.python_version(),
+            "cpu": cpu, "threads": 1}
 
 
 def run(args):
@@ -187,7 +193,8 @@ def p_value(differences):
 
 def spread(values):
     """Mean and standard error, in words."""
-    return f"{mean(values):.2f} ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else f"{mean(values):.2f}"
+    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{error}"
 
 
 def table(bed):
@@ -197,7 +204,8 @@ def table(bed):
              f"python experiments.py run --photos DIR --only {bed}", "```", "",
              f"| | {what}, mIoU % | n | against Multi-datasets | better in | p | a step |",
              "|---|---|---|---|---|---|---|"]
-    steps = {v: median(c["seconds a step"] for c in kept() if (c["bed"], c["variant"]) == (bed, v)) for v in scores}
+    cells = [cell for cell in kept() if cell["bed"] == bed]
+    steps = {v: median(cell["seconds a step"] for cell in cells if cell["variant"] == v) for v in scores}
     for variant in sorted(scores, key=list(VARIANTS).index):
         values, row = list(scores[variant].values()), f"| {WHAT[variant]} "
         row += f"| {spread(values)} | {len(values)} "
@@ -225,7 +233,8 @@ def picture(beds):
             values = list(scores[variant].values())
             axis.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
             axis.plot([x - 0.2, x + 0.2], [mean(values)] * 2, color="C1", linewidth=2)
-        axis.set(title=bed, ylabel=f"{BEDS[bed][2]}, mIoU %", xticks=range(len(variants)), xlim=(-0.6, len(variants) - 0.4))
+        axis.set(title=bed, ylabel=f"{BEDS[bed][2]}, mIoU %", xticks=range(len(variants)))
+        axis.set_xlim(-0.6, len(variants) - 0.4)
         axis.set_xticklabels(variants, rotation=20)
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(PICTURE)
@@ -244,7 +253,8 @@ def report(args):
 
 
 def arguments():
-    p = argparse.ArgumentParser("experiments.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    p = argparse.ArgumentParser("experiments.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True, metavar="run|report")
     r = commands.add_parser("run", help="do the cells that are not kept yet")
     r.add_argument("--photos", metavar="DIR", required=True, help="the folder of Clothing Co-Parsing")
