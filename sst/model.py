@@ -11,7 +11,6 @@ from torch import nn
 
 from .deform_attn import deform_attn
 from .efficientnet import EfficientNetLite0
-from .errors import InputError
 from .resnet import ResNet
 
 

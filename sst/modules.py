@@ -391,12 +391,11 @@ def row_cosine(X):
 
 
 class Association(nn.Module):
-    """Which class of one domain is which of another, for L_cross: T_ji (Z_j, Z_i) of every ordered pair of
-    domains.
+    """Which class of one domain is which of another: T_ji (Z_j, Z_i) of every ordered pair, for L_cross.
 
-    how: "words": a softmax of the class names' similarities. "counts": counted from what head j predicts
-         where domain i has a label, an EM step, with the words as prior. "mst": the softmax of Eq. 8, with
-         M_static as a prior inside it; learned by gradient through L_cross.
+    how: "words": a softmax of the similarities of the class names.
+         "counts": what head j predicts where domain i has a label, an EM step, with the words as prior.
+         "mst": the softmax of Eq. 8 with the words as prior, learned by gradient through L_cross.
     N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm (StepStatistics).
     """
 
@@ -436,16 +435,11 @@ class Association(nn.Module):
         N.lerp_((p.T @ labelled / max(1, len(p))).to(N.dtype), 1 - self.MOMENTUM)
 
     def forward(self, A, labels, domain, sst=None):
-        """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of every head, all
-        images."""
-        total = 0
-        size = next(iter(A.values()))
-        (Y,) = regions_of(labels, [size])
+        """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of all images."""
+        total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
         for j, i in permutations(A, 2):
             rows = rows_of(domain, i)
-            if rows == []:
-                continue
-            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))
-            if self.training and self.how == "counts":
+            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))  # 0 where domain i has no image
+            if self.training and self.how == "counts" and rows != []:
                 self.count(j, i, A[j][rows], Y[rows])
         return total

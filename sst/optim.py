@@ -52,8 +52,7 @@ def set_rate(optimizer, part, config):
 
 
 def loss_weights(config, step):
-    """alpha, beta and lambda of Eq. 12 and 13, and the weight of L_cross, which rises over the first
-    steps."""
+    """alpha, beta and lambda of Eq. 12 and 13, and the weight of L_cross, which rises at first."""
     ramp = min(1.0, (step + 1) / (config.cross_ramp * config.steps)) if config.cross_ramp else 1.0
     return config.alpha, config.beta, config.lam, config.alpha * config.cross * ramp
 
