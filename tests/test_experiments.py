@@ -1,4 +1,4 @@
-"""experiments.py: the statistics by hand, the page from made-up cells, and that every cell is a run of train.py."""
+"""experiments.py: the statistics by hand, the page from made-up cells, and every cell as a run of train.py."""
 
 import json
 
@@ -50,11 +50,17 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     assert (cells / "results.png").stat().st_size > 5000
 
 
+def parsed(*flags):
+    """What `experiments.py run` gets of balanced-photos and these variants and flags."""
+    words = ["run", "--photos", "x", "--only", "balanced-photos", "--variants", *flags]
+    return experiments.arguments().parse_args(words)
+
+
 def test_finished_cells_are_not_done_again(cells, capsys):
-    args = experiments.arguments().parse_args(["run", "--photos", "x", "--only", "balanced-photos", "--variants", "multi",
-                                               "cross", "--seeds", "3", "4", "--dry-run"])
+    args = parsed("multi", "cross", "--seeds", "3", "4", "--dry-run")
     assert args.go(args) == 0
-    assert capsys.readouterr().out.splitlines() == ["1 cells to do, 2 side by side", "  balanced-photos, cross, seed 4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["1 cells to do, 2 side by side", "  balanced-photos, cross, seed 4"]
 
 
 def test_a_cell_that_fails_is_named_and_nothing_is_kept(cells, capsys, monkeypatch):
@@ -62,8 +68,7 @@ def test_a_cell_that_fails_is_named_and_nothing_is_kept(cells, capsys, monkeypat
         raise RuntimeError("train.py: no such folder")
 
     monkeypatch.setattr(experiments, "program", fail)
-    args = experiments.arguments().parse_args(["run", "--photos", "x", "--only", "balanced-photos", "--variants", "cross",
-                                               "--seeds", "4"])
+    args = parsed("cross", "--seeds", "4")
     before = (cells / "cells.jsonl").read_text()
     assert args.go(args) == 1 and (cells / "cells.jsonl").read_text() == before
     assert "balanced-photos, cross, seed 4: failed: train.py: no such folder" in capsys.readouterr().out
@@ -76,6 +81,8 @@ def test_every_cell_is_a_run_of_train(bed, variant):
     assert config.steps and config.preset == "lite" and config.seed == 3
 
 
-def test_the_map_of_atrs_classes_is_whole():
-    assert set(experiments.ATR_TO_COMMON) == set(builtin_domain("atr").classes)
-    assert set(experiments.ATR_TO_COMMON.values()) == set(builtin_domain("ccp-common").classes)
+@pytest.mark.parametrize("head, classes", [("atr", experiments.ATR_TO_COMMON),
+                                           ("ccp-fine", experiments.FINE_TO_COMMON)])
+def test_the_maps_of_classes_are_whole(head, classes):
+    assert set(classes) == set(builtin_domain(head).classes)
+    assert set(classes.values()) - {None} == set(builtin_domain("ccp-common").classes)
