@@ -23,6 +23,7 @@ from figures import TABLES, Figures
 from sst import checkpoint, distributed
 from sst.config import pair
 from sst.data import open_datasets
+from sst.distributed import print0
 from sst.domains import builtin_domain, read_class_map
 from sst.errors import InputError, run_program
 from sst.inference import averaged_logits
@@ -121,12 +122,6 @@ def main(argv=None):
     if args.json:
         print0(json.dumps(results, indent=1, allow_nan=False))
     distributed.stop()
-
-
-def print0(text, file=None):
-    """Print in the first process only."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, file=file, flush=True)
 
 
 def settle_averaging(args):

@@ -110,8 +110,8 @@ def train(config, run, train_sets, val_sets, place, interruption):
     statistics = distributed.StepStatistics(model)
     crops = Crops(train_sets, config.size, config.crop, config.seed, config.scale, config.skip_bad,
                   config.resize)
-    mine = range(at.step * K + rank, steps * K, world)
-    batches = journal.timed(micro_batches(crops, schedule, mine, config.workers, device))
+    numbers = range(at.step * K + rank, steps * K, world)  # of this process's micro-batches
+    batches = journal.timed(micro_batches(crops, schedule, numbers, config.workers, device))
     results = None
 
     def save(again=False):
@@ -133,8 +133,9 @@ def train(config, run, train_sets, val_sets, place, interruption):
         results = score()
     while at.step < steps:
         lr = set_rate(optimizer, at.step / steps, config)
-        share = islice(batches, K // world)
-        done = train_step(wrapped, share, K, optimizer, scaler, statistics, config, dtype, world)
+        weights = loss_weights(config, at.step)
+        mine = islice(batches, K // world)
+        done = train_step(wrapped, mine, K, weights, optimizer, scaler, statistics, config, dtype, world)
         at.step += 1
         journal.record(done, lr)
         stop = all_reduce(torch.tensor(float(interruption.signal > 0), device=device)).item()
@@ -143,7 +144,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
             save()  # before validation, which a broken photo may end
         if stop:
             distributed.barrier()  # torchrun ends the others as soon as one has ended
-            print0(f"interrupted by a signal; step {at.step} is saved, --resume {out} goes on")
+            print0(f"interrupted by a signal; step {at.step} is saved, --resume {run.out} goes on")
             sys.exit(128 + (interruption.signal or signal.SIGTERM))
         if at.pending:
             results = score()
@@ -154,20 +155,18 @@ def train(config, run, train_sets, val_sets, place, interruption):
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
 
 
-def train_step(model, batches, K, optimizer, scaler, statistics, config, dtype, world):
+def train_step(model, batches, K, weights, optimizer, scaler, statistics, config, dtype, world):
     """One optimiser step: the mean over K micro-batches, of which `batches` yields this process its share.
 
     A step whose losses or gradient are not finite, in whatever process, changes nothing. Returns a Step.
     """
     done = Step()
-    share = K // world
     statistics.begin()
     for n, batch in enumerate(batches, 1):
         torch.manual_seed((config.seed << 32) + batch.number)  # a network of yours may have dropout
-        with model.no_sync() if world > 1 and n < share else nullcontext():
+        with model.no_sync() if world > 1 and n < K // world else nullcontext():
             with torch.autocast(batch.images.device.type, dtype, enabled=dtype is not None):
                 terms, X = model(batch.images, batch.labels, batch.domain)
-                weights = loss_weights(config, batch.number // K)
                 if config.mode == "universal":
                     terms["total"] = L_u(terms, *weights)  # Eq. 12
                 else:
@@ -180,8 +179,10 @@ def train_step(model, batches, K, optimizer, scaler, statistics, config, dtype, 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    wrong = ~torch.stack([norm, *(values.sum() for values in done.values)]).isfinite().all()
-    done.finite = all_reduce(wrong.float()).item() == 0
+    finite = torch.stack([norm, *(values.sum() for values in done.values)]).isfinite().all()
+    events = torch.stack([~finite, finite.new_tensor(len(done.unreadable), dtype=torch.int64)])
+    wrong, done.unread = all_reduce(events).tolist()  # what happened to one process, all of them know
+    done.finite = wrong == 0
     if done.finite:
         if config.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
@@ -202,7 +203,7 @@ def validate(net, val_sets, size, place, skipped=None):
         matrix = all_reduce(torch.from_numpy(matrix).to(place.device)).cpu().numpy()
         if not matrix.any():
             raise InputError(f"validation of '{dataset.domain.name}': no photo that can be read has a "
-                             "labelled pixel; mend the list, or train with --validations 0")
+                             "labelled pixel; mend the list, then --resume")
         results[dataset.domain.name] = scores(matrix)
     net.train()
     return results
@@ -213,7 +214,7 @@ def finish(config, net, domains, val_sets, journal, results, best, passes):
     out = Path(config.out)
     checkpoint.save(checkpoint.model_content(net, domains), out / "model.pt")
     save_curves(journal.lines(), out / "curves.png")
-    save_samples(samples(net.eval(), val_sets, config.size), out / "samples.png")
+    save_samples(samples(net.eval(), val_sets, config.size, config.skip_bad), out / "samples.png")
     passes = ", ".join(f"{d.name} {p:.2f}" for d, p in zip(domains, passes))
     print0(f"passes over the training sets: {passes}")
     if results:

@@ -1,9 +1,8 @@
 """Files of weights: what a run writes and reads, networks from them, what one run takes over from another.
 
 A run's files are the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and
-previous.pt before it). All are loaded with weights_only=True: a stranger's file runs no code. All are read
-against the checksums that they
-hold: a file that was damaged is refused, never loaded.
+previous.pt before it). All are loaded with weights_only=True: a stranger's file runs no code. Each is read
+against its checksums: a damaged file is refused, never loaded.
 """
 
 import json
@@ -227,6 +226,8 @@ def other_way_round(key):
 def part_of(key):
     """ "sst.msa.atr.W_s.weight" -> "MSA of atr"."""
     top, module, *rest = key.split(".")
+    if top == "association":
+        return "associations"
     if top == "net":
         return f"head of {rest[0]}" if module == "heads" else "network"
     return f"{module.upper()} of {rest[0]}"

@@ -150,7 +150,8 @@ SETTINGS = {
             help="weight of L_aux"),
         row("lam", float, 5.0, (0, 1e6),
             help="lambda, weight of L_dataset + L_img; in dedicated parsing all three weigh the losses of "
-                 "both steps, but step 1 keeps the preset's beta and lam where both are 0"),
+                 "both steps, but with --beta 0 step 1 keeps the preset's beta, and with --lam 0 beside it "
+                 "the preset's lambda"),
         row("intra_mask", str, "body", ("body", "none"),
             help="M_intra of Eq. 6, or Eq. 5"),
         row("masks", str, None, None, metavar="FILE.json",
@@ -312,8 +313,8 @@ def resolve(given, before=None):
     if "epochs" in given or "steps" in given:
         changes = {"epochs": None, "steps": None} | changes
     if given.get("check") and "workers" not in given:
-        changes[
-            "workers"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        few = hasattr(os, "sched_getaffinity")  # not on every system
+        changes["workers"] = len(os.sched_getaffinity(0)) if few else os.cpu_count()
     config = preset(name) | changes
     check(config)
     return config
@@ -342,6 +343,9 @@ def check(config):
     if config.preset == "paper" and not (config.data or config.target):
         raise InputError("--preset paper without --data: the built-in figures are too small for 512x512 "
                          "crops; give --data or --preset demo")
+    if config.masks and config.mode == "universal" and not (config.beta or config.lam):
+        raise InputError(f"--masks {config.masks}: has no meaning with --beta 0 --lam 0, which build no SST "
+                         "module; leave it out")
     known = names(config.data + config.source + [config.target] * bool(config.target)) or list(FIGURES)
     for name, count in counted(config.limit).items():
         if name not in known:
@@ -377,6 +381,9 @@ def check_scenario(given):
                             "it belongs to --mode dedicated"))
     if not dedicated:
         return
+    if config.cross:
+        raise InputError(f"--cross {config.cross:g}: L_cross joins heads of several domains, and dedicated "
+                         "parsing has one; it belongs to --mode universal")
     if config.source_checkpoint and (config.source or config.source_epochs or config.source_steps):
         raise InputError(f"--source-checkpoint {config.source_checkpoint}: takes the place of pre-training; "
                          "leave out --source, --source-epochs and --source-steps")

@@ -247,7 +247,8 @@ class Schedule:
         self.sizes, self.batch_size, self.seed, self.slots = list(sizes), batch_size, seed, slots
         if slots == "equal" and batch_size < len(self.sizes):
             raise InputError(f"--batch-size {batch_size}: every micro-batch needs an image of each of the "
-                             f"{len(self.sizes)} label domains; use {len(self.sizes)} or more")
+                             f"{len(self.sizes)} label domains; use {len(self.sizes)} or more, "
+                             f"or --slots proportional")
 
     def __getitem__(self, m):
         if self.slots == "equal":

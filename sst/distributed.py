@@ -120,8 +120,8 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform ==
-        "darwin" else 2 ** 20)
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def compiler_fault(device):

@@ -309,7 +309,7 @@ def word_similarity(a, b):
             if row is None:
                 raise InputError(f"{domain.origin}: class '{name}' has no word vector; add it to the word "
                                  "list of tools/make_label_vectors.py and run that, rename the class, or "
-                                 "give SST a matrix of your own (static=...)")
+                                 "give a matrix of your own: --masks FILE.json")
             rows.append(row)
         return torch.from_numpy(np.stack(rows))
     return embed(a) @ embed(b).T

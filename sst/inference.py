@@ -96,15 +96,20 @@ def confusion_of(net, dataset, size=None, indices=None, skipped=None):
     return matrix
 
 
-def samples(net, datasets, size=None, count=3):
-    """[(domain, [(image, truth, prediction), ...])]: the first photos of each dataset that can be read."""
+def samples(net, datasets, size=None, skip_bad=False, count=3):
+    """[(domain, [(image, truth, prediction), ...])]: the first photos of each dataset that can be read.
+
+    One that cannot raises InputError, or is passed over with skip_bad.
+    """
     chosen = []
     for dataset in datasets:
         name, triples = dataset.domain.name, []
         for i in range(len(dataset)):
             try:
                 image, truth = dataset.load(i)
-            except InputError:  # validation has named it
+            except InputError:
+                if not skip_bad:
+                    raise
                 continue
             prediction = photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()
             triples.append((image, truth, prediction))

@@ -19,12 +19,12 @@ class Step:
 
     terms: names of the loss terms. values, images: of each micro-batch, its terms' values, its images' names.
     X: {domain: (X_0, X_L)} of the first micro-batch. unreadable: [(micro-batch, sentence)].
-    finite: whether all losses and the gradient were, in all processes.
+    Of all processes: unread, the number of unreadable files; finite, whether losses and gradient were.
     """
 
     def __init__(self):
         self.terms, self.values, self.images, self.unreadable = (), [], [], []
-        self.X, self.finite = None, True
+        self.X, self.unread, self.finite = None, 0, True
 
     def add(self, batch, terms, X):
         """A micro-batch (data.Batch) and what the model returned for it."""
@@ -97,7 +97,8 @@ class Journal:
 
         Raises InputError where too many were skipped in a row: training has diverged.
         """
-        self.unreadable(done.unreadable, "another photo took its place")
+        if done.unread:
+            self.unreadable(done.unreadable, "another photo took its place")
         step, steps, counts = self.at.step, self.config.steps, self.at.counts
         due = step % self.config.log_every == 0 or step in (1, steps)
         if due or not done.finite:
@@ -166,13 +167,14 @@ class Journal:
 
     def validation(self, results, skipped):
         """Print and log {domain: scores}; skipped: sentences. Returns the mean mIoU in percent."""
-        self.unreadable(list(enumerate(skipped)), "validation went on without it")
         miou = {name: result["miou"] for name, result in results.items()}
         mean = sum(miou.values()) / len(miou)
         listed = "  ".join(f"{name} {value:.2f}" for name, value in miou.items())
         print0(f"validation after step {self.at.step}: mIoU {listed}  mean {mean:.2f} %")
         accuracy = {name: result["mean_accuracy"] for name, result in results.items()}
+        # After a kill between the two lines both are written again: open_log cuts before the first.
         self.write("val", miou=miou, mean_accuracy=accuracy, time={"seconds": time.time() - self.started})
+        self.unreadable([(what, what) for what in skipped], "validation went on without it")
         return mean
 
 

@@ -42,7 +42,7 @@ def L_u(terms, alpha=10, beta=1, lam=5, cross=0):
     seg = sum(value for name, value in terms.items() if name.startswith("seg/"))
     aux = sum(value for name, value in terms.items() if name.startswith("aux/"))
     paper = alpha * seg + beta * aux + lam * (terms.get("dataset", 0) + terms.get("img", 0))
-    return paper + cross * terms["cross"] if cross else paper  # L_cross is not the paper's
+    return paper + cross * terms.get("cross", 0)  # L_cross is not the paper's
 
 
 def L_d(terms, target, alpha=10, beta=1, lam=5, cross=0):

@@ -103,7 +103,8 @@ def save_samples(samples, path):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     shown = max(len(triples) for _, triples in samples)
-    tall = np.mean([image.shape[0] / image.shape[1] for _, triples in samples for image, _, _ in triples])
+    ratios = [image.shape[0] / image.shape[1] for _, triples in samples for image, _, _ in triples]
+    tall = np.mean(ratios or [1])  # no photo of any dataset may be readable
     widths = [1.35] * 3 * shown + [3.2]  # inches: of the pictures, of the names
     height = sum(max(1.35 * tall + 0.35, 0.17 * (d.num_classes + 1) / 2 + 0.3) for d, _ in samples)
     figure = Figure(figsize=(1.35 * 3 * shown + 3.2, height), dpi=110, layout="constrained")

@@ -5,7 +5,6 @@ What a run promises is in docs/reliability.md.
 """
 
 import json
-import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from .scenarios import build
 FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
 COUNTS = ("skipped_steps", "skipped_in_a_row", "skipped_files")
 # Where data lies may change too. The training lists themselves are compared.
-PLACES = ("data", "source", "target", "source_checkpoint")
+PLACES = ("data", "source", "target", "source_checkpoint", "masks")
 
 
 # Settings and folder ----------------------------------------------------------------------------------------
@@ -62,18 +61,13 @@ def folder_to_resume(given):
     resume, out, mode = given.get("resume"), given.get("out"), given.get("mode", "universal")
     if resume not in (None, "auto"):
         return resume
-    if restarted() and recall("folder"):  # this launch has a folder already, and is not to take another's
+    if recall("folder"):  # processes of this launch came before these; it is not to take another's folder
         out = recall("folder")
     elif resume is None:
         return None
     n = first_free(mode) - 1
     folder = Path(out) if out else run_folder(mode, n)
     return str(folder) if (out or n) and (folder / "config.json").is_file() else None
-
-
-def restarted():
-    """Whether torchrun has started this process in place of one that ended."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def resumed(given, folder):
@@ -86,8 +80,8 @@ def resumed(given, folder):
             same = names(value) == names(was)
         elif key == "out":
             same = Path(value) == Path(folder)
-        else:
-            same = key in FREE or value == was
+        else:  # the matrices of --masks are in the checkpoint; its file may have moved
+            same = key in FREE or value == was or key == "masks" and was
         if not same:
             value, was = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, was))
             raise InputError(f"--{key.replace('_', '-')} {value}: contradicts the run in {folder}, where it "
@@ -117,9 +111,9 @@ def saved(file):
 def stages(config):
     """The trainings of a run in order: its settings, or in dedicated parsing those of both steps of Eq. 13.
 
-    Step 1 is universal parsing of the sources. --beta 0 --lam 0 makes step 2 plain fine-tuning; step 1 then
-    keeps the preset's beta and lambda, so that both start from the same source. Step 2's settings, saved,
-    give both steps again.
+    Step 1 is universal parsing of the sources. With --beta 0 it keeps the preset's beta, since step 2 needs a
+    source with MSA and MSE, and with --lam 0 beside it the preset's lambda: plain fine-tuning (--beta 0
+    --lam 0) starts from the same source as SST. Step 2's settings, saved, give both steps again.
     """
     if config.mode == "universal":
         return [config]
@@ -132,7 +126,7 @@ def stages(config):
     if not any(length.values()):
         length = {"epochs": config.epochs, "steps": None if config.epochs else config.steps}
     preset = settings.preset(config.preset)
-    weights = {} if config.beta or config.lam else {"beta": preset.beta, "lam": preset.lam}
+    weights = {} if config.beta else {"beta": preset.beta, "lam": config.lam or preset.lam}
     source = config | length | weights | {
         "mode": "universal", "data": config.source, "figures": ["cihp"], "out": own_source, "fraction": 1.0,
         "target": config.target or "pascal=figures", "source_checkpoint": None}
@@ -163,9 +157,8 @@ def first_free(mode):
 
 def free_folder(config):
     """A new run's folder, as a Path; raises InputError where it holds a run already."""
-    chosen = restarted() and recall("folder")
-    if chosen:
-        return Path(chosen)
+    if recall("folder"):
+        return Path(recall("folder"))
     folder = Path(config.out) if config.out else run_folder(config.mode, first_free(config.mode))
     files = ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt")
     held = [name for name in files if (folder / name).exists()]

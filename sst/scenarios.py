@@ -162,6 +162,9 @@ def matrices(config, domains, sources=()):
     aux, scr = config.beta > 0, consistency(config, domains, sources)
     every = [*domains, *sources]
     intra, static = read_masks(config.masks, every, names(config.target or [])) if config.masks else ({}, {})
+    if intra and config.intra_mask == "none":
+        raise InputError(f"{config.masks}: holds M_intra, which --intra-mask none leaves out; leave one of "
+                         "them out")
     if config.intra_mask == "body" and (aux or scr in ("both", "image")):
         intra = {d.name: intra_matrix(d, intra) for d in domains}
     if scr in ("both", "dataset"):

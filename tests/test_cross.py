@@ -150,3 +150,18 @@ def test_the_preset_paper_has_none_of_it_and_mst_needs_its_attention():
     assert scenarios.build(BASE, DOMAINS).association is None
     with pytest.raises(InputError, match="--association mst: needs Eq. 8's attention"):
         scenarios.build(BASE | {"cross": 1.0, "association": "mst", "lam": 0}, DOMAINS)
+
+
+def test_one_domain_has_no_l_cross_and_dedicated_parsing_refuses_it(tmp_path, monkeypatch):
+    flags = [*SHORT, "--cross", 1, "--steps", 1, "--validations", 0, "--preset", "small"]
+    run(monkeypatch, *flags, "--data", "pascal=figures", "--out", tmp_path / "run")
+    assert "cross" not in lines(tmp_path / "run")[0]["loss"]
+    with pytest.raises(InputError, match="--cross 1: L_cross joins heads of several domains"):
+        runs.configure(["--mode", "dedicated", "--cross", "1"])
+
+
+def test_a_run_starts_from_one_with_associations(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *SHORT, "--cross", 1, "--steps", 1, "--validations", 0, "--out", tmp_path / "run")
+    run(monkeypatch, *SHORT, "--cross", 1, "--steps", 1, "--validations", 0, "--init-from", tmp_path / "run",
+        "--out", tmp_path / "next")
+    assert "associations" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""experiments.py: the statistics by hand, the page from made-up cells, and every cell as a run of train.py."""
+"""experiments.py: the statistics by hand, the page from made-up cells, every cell a run of train.py."""
 
 import json
 

@@ -17,6 +17,9 @@ from sst.errors import InputError
 from sst.optim import Muon
 
 
+FINISH = train.finish
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A tiny network, and no pictures."""
@@ -291,13 +294,36 @@ def test_a_broken_validation_photo_is_left_out_named_and_counted(
         half_validation, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *flags_of(half_validation, tmp_path / "run"), "--skip-bad")
     assert "step 2: " in (printed := capsys.readouterr().out) and "2.jpg: not a readable photo" in printed
-    unreadable, val = lines(tmp_path / "run")[-2:]
+    val, unreadable = lines(tmp_path / "run")[-2:]
     assert (unreadable["kind"], len(unreadable["files"]), val["kind"]) == ("unreadable", 1, "val")
     last = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert last["counts"]["skipped_files"] == 1 and not last["pending"]
     (half_validation / "val_id.txt").write_text("0\n3")  # the same photos, and none is broken
     run(monkeypatch, *flags_of(half_validation, tmp_path / "whole"))
     assert lines(tmp_path / "whole")[-1]["miou"] == val["miou"]
+
+
+def test_a_kill_between_the_lines_of_a_validation_leaves_each_once(half_validation, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(monkeypatch, *flags_of(half_validation, out), "--skip-bad")
+    whole = lines(out)
+    content = torch.load(out / "last.pt", weights_only=True)
+    content["counts"]["skipped_files"] = 0
+    torch.save(content | {"pending": True}, out / "last.pt")  # as it was saved before the validation
+    run(monkeypatch, "--resume", out, "--skip-bad")
+    kinds = [(line["step"], line["kind"]) for line in lines(out)]
+    assert kinds == [(line["step"], line["kind"]) for line in whole] and len(kinds) == len(set(kinds))
+
+
+def test_pictures_of_no_photo(half_validation, tmp_path, monkeypatch):
+    """Without a validation nothing has read them; with --skip-bad the run ends in order."""
+    (half_validation / "val_id.txt").write_text("2")
+    monkeypatch.setattr(train, "finish", FINISH)
+    flags = [*flags_of(half_validation, tmp_path / "run"), "--validations", 0]
+    with pytest.raises(InputError, match="2.jpg: not a readable photo"):
+        run(monkeypatch, *flags)
+    run(monkeypatch, "--resume", tmp_path / "run", "--skip-bad")
+    assert (tmp_path / "run/samples.png").stat().st_size > 0
 
 
 def test_a_validation_of_nothing_is_refused(half_validation, tmp_path, monkeypatch):

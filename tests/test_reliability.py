@@ -197,28 +197,34 @@ def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment, folder", [("placed", "universal-2"), ("open_folder", "universal-2")])
-def test_a_launch_that_dies_before_its_folder_is_there_does_not_adopt_the_newest_run(
-        driver, tmp_path, moment, folder):
-    """torchrun starts it again: it begins a run of its own, beside one that had finished before."""
+@pytest.mark.parametrize("moment", ["runs.placed", "runs.open_folder", "journal.open_log"])
+def test_a_launch_that_torchrun_starts_again_keeps_to_its_own_folder(driver, tmp_path, moment):
+    """It dies before or after its folder is there. Meanwhile a newer run has finished beside it."""
     short = [flag for flag in FLAGS if flag not in ("--validations", "2")]
     short += ["--validations", "0", "--steps", "2"]
     finish([sys.executable, str(driver), *short], cwd=tmp_path)
-    before = (tmp_path / "runs/universal/log.jsonl").read_text()
+    finished = (tmp_path / "runs/universal/log.jsonl").read_text()
     dying = tmp_path / "dying.py"
     dying.write_text(f"""
-import os
-from sst import runs
+import os, shutil
+from sst import journal, runs
+
+def die(*args):
+    shutil.copytree("runs/universal", "runs/universal-3")
+    os._exit(7)
+
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    runs.{moment} = lambda *args: os._exit(7)
+    {moment} = die
 exec(open({str(driver)!r}).read())
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
               "--max-restarts=1"]
     done = finish([*launch, str(dying), *short], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert "writing to runs/universal-2" in done.stdout and "this run is finished" not in done.stdout
-    assert (tmp_path / "runs" / folder / "model.pt").exists()
-    assert (tmp_path / "runs/universal/log.jsonl").read_text() == before
+    assert (tmp_path / "runs/universal-2/model.pt").exists()
+    assert not (tmp_path / "runs/universal-4").exists()
+    for name in ("universal", "universal-3"):
+        assert (tmp_path / "runs" / name / "log.jsonl").read_text() == finished
 
 
 @pytest.mark.slow

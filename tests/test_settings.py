@@ -120,7 +120,8 @@ def test_dedicated_parsing_takes_matrices_of_the_target_in_both_steps(tmp_path, 
     assert torch.equal(weights["sst.mst.cihp:pascal.M_static"], table)
 
 
-def test_step_1_of_dedicated_parsing_has_the_same_weights_of_the_losses_unless_both_are_0():
+def test_step_1_of_dedicated_parsing_has_the_same_weights_of_the_losses_unless_beta_is_0():
+    """Step 2 needs a source with MSA and MSE, and fine-tuning is to start from the same one."""
     flags = ["--mode", "dedicated", "--out", "runs/none", "--alpha", "3"]
     of = lambda config: [(stage.alpha, stage.beta, stage.lam) for stage in runs.stages(config)]
     assert of(runs.configure([*flags, "--beta", "0.5", "--lam", "2"])) == [(3, 0.5, 2)] * 2
@@ -152,3 +153,29 @@ def test_a_limit_of_a_domain_that_is_not_there_is_refused():
         runs.configure(["--data", "pascal=figures", "--limit", "atr=3", "--preset", "small"])
     flags = ["--mode", "dedicated", "--source", "cihp=x", "--target", "pascal=y", "--limit"]
     assert runs.configure([*flags, "pascal=3"]).limit == ["pascal=3"]
+
+
+# Matrices that would have no effect, and files that move ----------------------------------------------------
+
+
+def test_matrices_that_would_have_no_effect_are_refused(tmp_path):
+    path = masks(tmp_path, intra={"pascal": torch.eye(7).int().tolist()})
+    with pytest.raises(InputError, match="--masks .*: has no meaning with --beta 0 --lam 0"):
+        runs.configure(["--masks", str(path), "--beta", "0", "--lam", "0"])
+    with pytest.raises(InputError, match="masks.json: holds M_intra, which --intra-mask none leaves out"):
+        scenarios.build(BASE | {"masks": str(path), "intra_mask": "none"}, DOMAINS)
+
+
+def test_the_file_of_matrices_may_move_while_a_run_goes_on(tmp_path, monkeypatch):
+    path = masks(tmp_path, static={"pascal:atr": torch.rand(18, 7).tolist()})
+    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--masks", path, "--out", tmp_path / "run")
+    moved = path.rename(tmp_path / "moved.json")
+    (tmp_path / "run/samples.png").unlink()
+    run(monkeypatch, "--resume", tmp_path / "run", "--masks", moved)
+    assert (tmp_path / "run/samples.png").exists()
+
+
+def test_dedicated_parsing_with_beta_0_trains_both_steps(tmp_path, monkeypatch):
+    flags = ["--mode", "dedicated", *SHORT, "--steps", 1, "--validations", 0, "--beta", 0]
+    run(monkeypatch, *flags, "--out", tmp_path / "run")
+    assert set(lines(tmp_path / "run")[0]["loss"]) == {"seg/pascal", "dataset", "img", "total"}
