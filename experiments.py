@@ -230,7 +230,7 @@ def table(bed):
         lines.append(row)
     if bed == "unseen-labels":
         own = [cell["scores"]["ccp-fine on photos"] for cell in cells if cell["variant"] == "multi"]
-        lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} | | | |")
+        lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} | | | | |")
     return lines + [""]
 
 
