@@ -8,19 +8,15 @@ class Backbone(nn.Module):
     """images (B, 3, H, W), normalised with ImageNet's mean and std -> four maps of strides 4, 8, 16, 32.
 
     A subclass has `channels` of the four maps, `stages()`, and what sst/checkpoint.py needs of its published
-    file: `network` and `file` in words, and `from_imagenet`.
+    file: `network` and `file` in words, and `from_imagenet`. `stages()` are four lists of modules: those that
+    make each map of the one before, the stem in the first.
     """
 
     frozen = False
 
-    def stages(self):
-        """Four lists: the modules that make each map of the one before; the stem belongs to the first."""
-        raise NotImplementedError
-
     def train(self, mode=True):
         super().train(mode)
-        # batches of four are too small to replace the statistics of ImageNet (as DETR and Mask2Former)
-        if self.frozen:
+        if self.frozen:  # batches of four are too small to replace ImageNet's statistics (as in DETR)
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
