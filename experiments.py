@@ -3,11 +3,13 @@
     python experiments.py run --photos DIR             all cells that are not there yet, two side by side
     python experiments.py run --photos DIR --only unseen-labels --variants multi cross --seeds 0 1 2
     python experiments.py run --photos DIR --dry-run   what would be done
+    python experiments.py run --photos DIR --held-back --variants multi --try lr=0.006 "lr=0.006 balance=0.25"
+                                                       tuning, on a fifth of the training lists, held back
     python experiments.py report                       docs/results.md and its picture from docs/cells.jsonl
 
 A cell is a test bed, a variant and a seed: one run of train.py in a folder of its own, on one thread, and
-its scores. A finished cell is a line of docs/cells.jsonl with its settings, versions and times. DIR holds
-Clothing Co-Parsing.
+its scores. A finished cell is a line of docs/cells.jsonl with its settings, versions and times. Cells of
+tuning go to docs/tuning.jsonl; they never see a validation photo. DIR holds Clothing Co-Parsing.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from statistics import mean, median, stdev
 from threading import Lock
 
 ROOT = Path(__file__).parent
-CELLS, PAGE, PICTURE = ROOT / "docs/cells.jsonl", ROOT / "docs/results.md", ROOT / "docs/results.png"
+CELLS, TUNING = ROOT / "docs/cells.jsonl", ROOT / "docs/tuning.jsonl"
+PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
 
 # What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of Table 1.
 VARIANTS = {
@@ -35,6 +38,9 @@ VARIANTS = {
 }
 WHAT = {"multi": "Multi-datasets", "cross": "+ L_cross, associations counted",
         "cross-words": "+ L_cross, associations from words", "sst": "SST as written"}
+BUILTIN = ROOT / "sst/builtin"
+TRAINED = ("ccp-coarse", "ccp-middle", "ccp-fine")  # disjoint lists, in all those of ccp-common
+PHOTO_DOMAINS = (*TRAINED, "ccp-common")
 PHOTOS = ["ccp-coarse=DIR", "ccp-middle=DIR", "ccp-fine=DIR"]
 
 # The head `atr` scored on photos, through the classes that it shares with their tags.
@@ -75,22 +81,46 @@ BEDS = {
 # Running cells ----------------------------------------------------------------------------------------------
 
 
-def kept():
+def kept(path=CELLS):
     """The finished cells, a dictionary each."""
-    return [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wanted(args):
-    """(bed, variant, seed) of the cells asked for that are not kept."""
-    done = {(cell["bed"], cell["variant"], cell["seed"]) for cell in kept()}
-    asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in args.variants]
+    """(bed, variant, seed) of the cells asked for that are not kept. A variant's name holds its --try."""
+    done = {(cell["bed"], cell["variant"], cell["seed"]) for cell in kept(args.cells)}
+    variants = [f"{variant} {change}".strip() for variant in args.variants for change in args.changes]
+    asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in variants]
     return [cell for cell in asked if cell not in done]
+
+
+def flags_of(bed, variant, seed):
+    """"multi lr=0.006" -> the flags of the test bed, of the variant, and --lr 0.006."""
+    name, *changes = variant.split()
+    changed = [word for change in changes for word in ("--" + change.partition("=")[0], change.partition("=")[2])]
+    return [*BEDS[bed][1], *VARIANTS[name], *changed, "--seed", str(seed)]
+
+
+def hold_back(photos, folder):
+    """Folders of the photo domains whose validation list is every fifth photo of the training lists."""
+    lists = {name: (BUILTIN / f"{name}_train_id.txt").read_text().splitlines() for name in PHOTO_DOMAINS}
+    back = [id for name in TRAINED for id in lists[name][::5]]
+    for name, ids in lists.items():
+        fields = json.loads((BUILTIN / f"{name}.json").read_text())
+        place = Path(folder) / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "domain.json").write_text(json.dumps(fields | {
+            "images": f"{Path(photos).resolve()}/photos",
+            "labels": f"{Path(photos).resolve()}/annotations/pixel-level"}))
+        (place / "train_id.txt").write_text("\n".join(id for id in ids if id not in back))
+        (place / "val_id.txt").write_text("\n".join(back))
+    return {name: f"{folder}/{name}" for name in lists}
 
 
 def run_cell(bed, variant, seed, args):
     """Train and score one cell; returns its record."""
-    out = Path(args.runs) / bed / f"{variant}-{seed}"
-    flags = [*BEDS[bed][1], *VARIANTS[variant], "--seed", str(seed)]
+    out = Path(args.runs) / ("held-back" if args.held_back else "") / bed / f"{variant}-{seed}"
+    flags = flags_of(bed, variant, seed)
     program([ROOT / "train.py", *flags, "--validations", 0, "--out", out, "--resume", "auto"], args, out)
     began = time.time()
     scores = score(bed, out, args)
@@ -113,18 +143,20 @@ def score(bed, out, args):
         atr, fine = (tables[f"ccp-common via {head}"] for head in heads)
         classes = {f"atr on photos: {name}": iou for name, iou in atr["iou"].items()}
         return {"atr on photos": atr["miou"], "ccp-fine on photos": fine["miou"]} | classes
-    names = [spec for spec in BEDS[bed][1] if spec.endswith("=DIR")]
+    names = [spec for spec in BEDS[bed][1] if spec.endswith(("=DIR", "=figures"))]
     scores = {name: table["miou"] for name, table in evaluate(out, names, [], args).items()}
     return scores | {"mean": mean(scores.values())}
 
 
 def evaluate(out, data, flags, args):
-    return json.loads(program([ROOT / "evaluate.py", out, "--data", *data, *flags, "--json"], args))
+    data = ["--data", *data] if data[0].endswith("=DIR") else []  # evaluate.py's own are the figures
+    return json.loads(program([ROOT / "evaluate.py", out, *data, *flags, "--json"], args))
 
 
 def program(words, args, out=None):
     """Run a program on one thread. Returns what it prints; raises RuntimeError with its last line."""
-    words = [str(word).replace("=DIR", f"={args.photos}") for word in words]
+    words = [str(word) for word in words]
+    words = [f"{word[:-4]}={args.folders[word[:-4]]}" if word.endswith("=DIR") else word for word in words]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -145,6 +177,10 @@ def about():
 
 
 def run(args):
+    args.cells = TUNING if args.held_back else CELLS
+    args.folders = dict.fromkeys(PHOTO_DOMAINS, args.photos)
+    if args.held_back:
+        args.folders = hold_back(args.photos, Path(args.runs) / "held-back")
     cells, lock, began, done = wanted(args), Lock(), time.time(), []
     print(f"{len(cells)} cells to do, {args.jobs} side by side")
     if args.dry_run:
@@ -159,7 +195,7 @@ def run(args):
         with lock:
             done.append(record)
             if record:
-                with open(CELLS, "a") as file:
+                with open(args.cells, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 words = f"{BEDS[cell[0]][2]} {record['scores'][BEDS[cell[0]][2]]:.2f} %"
             left = (time.time() - began) / len(done) * (len(cells) - len(done))
@@ -275,6 +311,10 @@ def arguments():
     r.add_argument("--only", nargs="+", choices=list(BEDS), default=list(BEDS), help="test beds")
     r.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     r.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="0 to 7")
+    r.add_argument("--try", dest="changes", metavar="FLAG=VALUE", nargs="+", default=[""],
+                   help="variants of the variants: flags of train.py that each of them changes")
+    r.add_argument("--held-back", action="store_true",
+                   help="tune: train on four fifths of the training lists and score on the last one")
     r.add_argument("--jobs", type=int, default=2, help="cells side by side, a thread each (2)")
     r.add_argument("--runs", metavar="DIR", default="runs/cells", help="folder of the trainings (runs/cells)")
     r.add_argument("--dry-run", action="store_true", help="only list them")
