@@ -103,6 +103,19 @@ def wait_for_step(out, step):
     raise AssertionError(f"step {step} was not reached")
 
 
+def lines(out):
+    """Lines of all logs in a run's folder."""
+    return sum(path.read_text().count("\n") for path in out.rglob("log.jsonl"))
+
+
+def wait_for_lines(out, count):
+    """Until all logs in a run's folder have so many lines."""
+    deadline = time.time() + 120
+    while lines(out) < count:
+        assert time.time() < deadline, f"{count} lines were not reached"
+        time.sleep(0.002)
+
+
 def log(out, partly=False):
     """log.jsonl without what depends on the clock."""
     text = (out / "log.jsonl").read_text()
@@ -138,7 +151,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(driver, tmp_p
     for kill in range(kills):
         with started(again) as process:
             until(process, "parameters are kept")
-            time.sleep(rng.uniform(0, 1.5))  # a few steps and checkpoints, or none
+            # Some steps and checkpoints later, or none: counted, since a fast machine does more in a second.
+            wait_for_lines(tmp_path / "killed", lines(tmp_path / "killed") + rng.choice((0, 1, 2, 3)))
+            time.sleep(rng.uniform(0, 0.05))
             assert process.poll() is None, f"finished before kill {kill}: give it more steps"
             os.kill(process.pid, signal.SIGKILL)
     done = finish(again)
