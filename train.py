@@ -27,7 +27,7 @@ from sst.distributed import all_reduce, print0
 from sst.domains import builtin_domain
 from sst.errors import InputError, run_program
 from sst.inference import confusion_of, samples
-from sst.journal import Journal, Step
+from sst.journal import Journal, Step, gradient_shares
 from sst.losses import L_d, L_u
 from sst.metrics import scores, summary
 from sst.optim import build_optimizer, loss_weights, precision, set_rate
@@ -135,11 +135,13 @@ def train(config, run, train_sets, val_sets, place, interruption):
         lr = set_rate(optimizer, at.step / steps, config)
         weights = loss_weights(config, at.step)
         mine = islice(batches, K // world)
-        done = train_step(wrapped, mine, K, weights, optimizer, scaler, statistics, config, dtype, world)
+        measured = model.net.backbone if falls_due(at.step + 1, config.shares, config) else None
+        done = train_step(wrapped, mine, K, weights, optimizer, scaler, statistics, config, dtype, world,
+                          measured)
         at.step += 1
         journal.record(done, lr)
         stop = all_reduce(torch.tensor(float(interruption.signal > 0), device=device)).item()
-        at.pending = at.step * config.validations // steps > (at.step - 1) * config.validations // steps
+        at.pending = falls_due(at.step, config.validations, config)
         if at.pending or stop or at.step % config.save_every == 0 or at.step == steps:
             save()  # before validation, which a broken photo may end
         if stop:
@@ -155,10 +157,16 @@ def train(config, run, train_sets, val_sets, place, interruption):
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
 
 
-def train_step(model, batches, K, weights, optimizer, scaler, statistics, config, dtype, world):
+def falls_due(step, times, config):
+    """Whether a run that does something so many times, evenly spread, does it after that step."""
+    return step * times // config.steps > (step - 1) * times // config.steps
+
+
+def train_step(model, batches, K, weights, optimizer, scaler, statistics, config, dtype, world, measured):
     """One optimiser step: the mean over K micro-batches, of which `batches` yields this process its share.
 
-    A step whose losses or gradient are not finite, in whatever process, changes nothing. Returns a Step.
+    A step whose losses or gradient are not finite, in whatever process, changes nothing. measured: the module
+    whose gradient is measured, or None. Returns a Step.
     """
     done = Step()
     statistics.begin()
@@ -171,6 +179,10 @@ def train_step(model, batches, K, weights, optimizer, scaler, statistics, config
                     terms["total"] = L_u(terms, *weights)  # Eq. 12
                 else:
                     terms["total"] = L_d(terms, batch.domain[0], *weights)  # Eq. 13
+            if measured is not None and n == 1 and not config.compile:
+                learns = [p for p in measured.parameters() if p.requires_grad]
+                parts = {name: value for name, value in terms.items() if name != "total"}
+                done.shares = gradient_shares(parts, weights, learns, scaler.get_scale())
             scaler.scale(terms["total"] * world / K).backward()  # DDP averages over the processes
         statistics.collect()
         done.add(batch, terms, X)

@@ -165,6 +165,9 @@ SETTINGS = {
             help="part of the run in which the weight of L_cross rises from 0"),
         row("scr", str, "both", ("both", "dataset", "image", "none"),
             help="consistency terms"),
+        row("scr_form", str, "published", ("published", "centred"),
+            help="centred: their cosines are of rows minus the classes' mean, without a gradient into the "
+                 "row that is mapped onto; not published"),
         row("connect", str, "full", ("full", "progressive"),
             help="pairs of domains"),
         row("regions", str, "label", ("label", "prediction"),
@@ -211,6 +214,9 @@ SETTINGS = {
             help="how often validation runs, evenly spread; 0 for never"),
         row("log_every", positive, 20, None, small=5, metavar="STEPS",
             help="steps between lines of log.jsonl"),
+        row("shares", int, 10, (0, 1e9), older=0, metavar="N",
+            help="how often, evenly spread, the share of each kind of loss term in the backbone's gradient "
+                 "is measured, which takes a backward pass for each; 0 for never, as with --compile"),
     ),
 }
 ROWS = {setting.name: setting for group in SETTINGS.values() for setting in group}

@@ -10,8 +10,13 @@ import torch
 from . import distributed
 from .distributed import all_reduce, gather, print0
 from .errors import InputError
-from .modules import row_cosine
+from .losses import L_u
+from .modules import centred_cosine, effective_rank, row_cosine
 from .runs import open_log
+
+
+# What is recorded of the rows of X_0 and X_L, under which key.
+ROWS_OF_X = {"cos": row_cosine, "centred": centred_cosine, "rank": effective_rank}
 
 
 class Step:
@@ -19,12 +24,13 @@ class Step:
 
     terms: names of the loss terms. values, images: of each micro-batch, its terms' values, its images' names.
     X: {domain: (X_0, X_L)} of the first micro-batch. unreadable: [(micro-batch, sentence)].
+    shares: `gradient_shares` of the first micro-batch, where they were asked for.
     Of all processes: unread, the number of unreadable files; finite, whether losses and gradient were.
     """
 
     def __init__(self):
         self.terms, self.values, self.images, self.unreadable = (), [], [], []
-        self.X, self.unread, self.finite = None, 0, True
+        self.X, self.shares, self.unread, self.finite = None, None, 0, True
 
     def add(self, batch, terms, X):
         """A micro-batch (data.Batch) and what the model returned for it."""
@@ -34,6 +40,24 @@ class Step:
         self.unreadable += [(batch.number, what) for what in batch.skipped]
         if self.X is None:
             self.X = {name: [x[0].detach(), *(x_L.detach() for x_L in x[1:][-1:])] for name, x in X.items()}
+
+
+def gradient_shares(terms, weights, parameters, scale=1.0):
+    """How much each kind of loss term ("seg", "aux", "dataset", ...) pulls at some parameters.
+
+    {kind: the length of the gradient of its part of Eq. 12}, in parts of all lengths together. They are not
+    parts of the whole gradient, which is shorter where terms pull against each other. weights: Eq. 12's.
+    scale: of half precision.
+    """
+    kinds, lengths = {}, {}
+    for name, value in terms.items():
+        kinds.setdefault(name.partition("/")[0], {})[name] = value
+    for kind, part in kinds.items():
+        loss = L_u(part, *weights) * scale
+        gradient = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                    if loss.requires_grad else ())
+        lengths[kind] = float(torch.nn.utils.get_total_norm([g for g in gradient if g is not None]))
+    return {kind: length / (sum(lengths.values()) or 1.0) for kind, length in lengths.items()}
 
 
 class Journal:
@@ -109,11 +133,13 @@ class Journal:
             return
         counts["skipped_in_a_row"] = 0
         if due:
-            cosines = {name: {key: row_cosine(x).item() for key, x in zip(("x0", "xl"), X)}
-                       for name, X in done.X.items()}
+            rows = {key: {name: {of: measure(x).item() for of, x in zip(("x0", "xl"), X)}
+                          for name, X in done.X.items()} for key, measure in ROWS_OF_X.items()}
             skipped = {key: counts[f"skipped_{key}"] for key in ("steps", "files")}
-            self.write("train", loss=losses, lr=lr, cos=cosines, skipped=skipped, time=self.times())
+            self.write("train", loss=losses, lr=lr, **rows, skipped=skipped, time=self.times())
             self.progress(losses, lr)
+        if done.shares and all(map(math.isfinite, done.shares.values())):
+            self.write("gradient", shares=done.shares)
 
     def unreadable(self, files, instead):
         """Files that were passed over, [(order, sentence)] of each process; instead: what was done."""

@@ -26,14 +26,19 @@ def L_aux(A_aux, Y):
     return L_seg(A_aux, Y)
 
 
-def L_dataset(X_1, X_2to1, X_2, X_1to2):
-    """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them."""
-    return cosine_distance(X_1, X_2to1) + cosine_distance(X_2, X_1to2)
+def L_dataset(X_1, X_2to1, X_2, X_1to2, distance=None):
+    """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them.
+
+    distance: cosine_distance, as published (None), or centred_distance.
+    """
+    distance = distance or cosine_distance
+    return distance(X_1, X_2to1) + distance(X_2, X_1to2)
 
 
-def L_img(X_1, X_2to1, X_2, X_1to2):
+def L_img(X_1, X_2to1, X_2, X_1to2, distance=None):
     """Eq. 11: the two terms of Eq. 10 with X_l, summed over l: (L, ..., Z, D), image pairs in between."""
-    d_l = cosine_distance(X_1, X_2to1, keep=1) + cosine_distance(X_2, X_1to2, keep=1)  # (L,)
+    distance = distance or cosine_distance
+    d_l = distance(X_1, X_2to1, keep=1) + distance(X_2, X_1to2, keep=1)  # (L,)
     return d_l.sum()
 
 
@@ -106,18 +111,32 @@ def direction(x):
 # Not the paper's --------------------------------------------------------------------------------------------
 
 
-def L_cross(A, Y, T):
+def centred_distance(X, mapped, keep=0):
+    """cosine_distance of rows minus their mean over the classes, without a gradient into X.
+
+    In Eq. 10 a vector that all rows share brings every cosine near 1, and costs nothing in Eq. 7, whose
+    softmax it leaves as it is. Here it is taken away, and X does not come to meet what is mapped onto it.
+    """
+    return cosine_distance(centred(X).detach(), centred(mapped), keep)
+
+
+def centred(X):
+    """The rows of X (..., Z, D) minus their mean."""
+    return X - X.mean(-2, keepdim=True)
+
+
+def L_cross(A, Y, T, balance=0.0):
     """Cross-domain likelihood of the logits A (B, Z_j, h, w) of head j on images labelled in domain i.
 
     Y (B, h, w) int64: their labels at the size of A, 255 ignored. T (Z_j, Z_i): T[k, y] = P(label y of domain
     i | class k of domain j), rows summing to 1. A pixel labelled y costs -log sum_k p_j(k) T[k, y]: what head
     j believes, told in the words of domain i, should be its label. That is the forward correction of noisy
-    labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean is Eq.
-    1's.
+    labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean, with its
+    balance, is L_seg's.
     """
     A = A.to(torch.promote_types(A.dtype, torch.float32)).flatten(2)  # (B, Z_j, n)
+    weight = pixel_weights(Y, balance, A.dtype)  # (B, n), 0 where ignored
     Y = Y.flatten(1)
-    weight = (Y != IGNORE).to(A.dtype)  # (B, n)
     log_T = T.clamp(min=1e-6).log()[:, Y.where(Y != IGNORE, 0)].transpose(0, 1)  # (B, Z_j, n)
     cost = A.logsumexp(1) - (A + log_T).logsumexp(1)
     L = (cost * weight).sum(1) / weight.sum(1).clamp(min=1)

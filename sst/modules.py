@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .domains import IGNORE, word_similarity
-from .losses import L_aux, L_cross, L_dataset, L_img
+from .losses import L_aux, L_cross, L_dataset, L_img, centred, centred_distance, cosine_distance
 
 L = 3  # decoder scales
 
@@ -129,6 +129,7 @@ class SST(nn.Module):
     domains:    LabelDomains. dim: D, the width of the feature maps.
     intra_mask: "body" (each domain's M_intra) or "none" (Eq. 5).
     scr:        consistency terms, "both", "dataset" (Eq. 10), "image" (Eq. 11) or "none".
+    scr_form:   "published", or "centred" (losses.centred_distance, not the paper's).
     connect:    "full" or "progressive".   aux: whether L_aux is wanted.
     regions:    "label" or "prediction": what delta is made of.
     static:     {(name_1, name_2): M_static (Z_2, Z_1)} in place of word similarity, pairs in either order.
@@ -139,14 +140,16 @@ class SST(nn.Module):
     """
 
     def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label",
-                 static=None, sources=(), intra=None):
+                 static=None, sources=(), intra=None, scr_form="published"):
         super().__init__()
         one_of("intra_mask", intra_mask, "body", "none")
         one_of("scr", scr, "both", "dataset", "image", "none")
+        one_of("scr_form", scr_form, "published", "centred")
         one_of("connect", connect, "full", "progressive")
         one_of("regions", regions, "label", "prediction")
         self.names, self.sources = [d.name for d in domains], [d.name for d in sources]
         self.aux, self.regions = aux, regions
+        self.distance = centred_distance if scr_form == "centred" else cosine_distance
         pairs = paired(domains, sources, connect) if scr != "none" else []
         self.pairs = [(one.name, two.name) for one, two in pairs]
         self.dataset_level = scr in ("both", "dataset") and len(pairs) > 0
@@ -223,14 +226,14 @@ class SST(nn.Module):
         if self.dataset_level:
             X_1, X_2 = X[one][0], X[two][0]
             X_1to2, X_2to1 = mst.dataset_level(X_1, X_2)
-            dataset = L_dataset(X_1, X_2to1, X_2, X_1to2)
+            dataset = L_dataset(X_1, X_2to1, X_2, X_1to2, self.distance)
         if self.image_level and one in S and two in S:
             X_1, X_2 = torch.stack(X[one][1:]), torch.stack(X[two][1:])  # (L, B_1, Z_1, D), (L, B_2, Z_2, D)
             S_1, S_2 = S[one], S[two]  # the same
             if one not in self.sources:  # all pairs of images; a frozen source sees the target's own
                 X_1, X_2, S_1, S_2 = X_1[:, :, None], X_2[:, None], S_1[:, :, None], S_2[:, None]
             X_1to2, X_2to1 = mst.image_level(X_1, X_2, S_1, S_2)
-            img = L_img(X_1, X_2to1, X_2, X_1to2)
+            img = L_img(X_1, X_2to1, X_2, X_1to2, self.distance)
         return dataset, img
 
     def attention(self, j, i):
@@ -387,6 +390,28 @@ def row_cosine(X):
     return ((X.sum(-2).square().sum(-1) - X.square().sum((-1, -2))) / (Z * (Z - 1))).mean()
 
 
+@torch.no_grad()
+def centred_cosine(X):
+    """The same of the rows minus their mean, without signs: 1 where one direction tells classes apart.
+
+    With signs it would be near -1 / (Z - 1) whatever the rows are, since they sum to zero.
+    """
+    X = F.normalize(centred(X.float()), dim=-1)
+    Z = X.shape[-2]
+    return (((X @ X.mT).abs().sum((-1, -2)) - X.square().sum((-1, -2))) / (Z * (Z - 1))).mean()
+
+
+@torch.no_grad()
+def effective_rank(X):
+    """Of the centred rows of X (..., Z, D): how many directions tell classes apart, 1 to Z - 1.
+
+    exp of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli 2007).
+    """
+    values = torch.linalg.svdvals(centred(X.float()))
+    share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
+    return torch.special.entr(share).sum(-1).exp().mean()
+
+
 # Not the paper's --------------------------------------------------------------------------------------------
 
 
@@ -434,12 +459,12 @@ class Association(nn.Module):
         labelled = F.one_hot(Y[Y != IGNORE], N.shape[1]).to(p.dtype)  # (n, Z_i)
         N.lerp_((p.T @ labelled / max(1, len(p))).to(N.dtype), 1 - self.MOMENTUM)
 
-    def forward(self, A, labels, domain, sst=None):
+    def forward(self, A, labels, domain, sst=None, balance=0.0):
         """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of all images."""
         total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
         for j, i in permutations(A, 2):
             rows = rows_of(domain, i)
-            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))  # 0 where domain i has no image
+            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst), balance)  # 0 without an image
             if self.training and self.how == "counts" and rows != []:
                 self.count(j, i, A[j][rows], Y[rows])
         return total

@@ -127,29 +127,37 @@ def save_samples(samples, path):
 
 
 def save_curves(lines, path):
-    """Losses and validation mIoU over steps. lines: the objects of log.jsonl."""
+    """Losses, validation mIoU and what is measured of SST over steps. lines: the objects of log.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
-    figure = Figure(figsize=(13, 3.6), dpi=100, layout="constrained")
+    train, val, gradient = ([line for line in lines if line["kind"] == kind]
+                            for kind in ("train", "val", "gradient"))
+    figure = Figure(figsize=(13, 7.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
+    (losses, shares, miou), below = figure.subplots(2, 3)
     steps = [line["step"] for line in train]
     for name in train[0]["loss"] if train else ():
-        left.plot(steps, smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
-    left.set(title="training losses (smoothed)", xlabel="step", yscale="log")
-    for name in train[0]["cos"] if train else ():
-        for key, style, label in (("x0", "-", "X_0"), ("xl", "--", "X_L")):
-            # A micro-batch without images of the domain has no X_L.
-            points = [(line["step"], line["cos"][name][key]) for line in train if key in line["cos"][name]]
-            if points:
-                middle.plot(*zip(*points), style, linewidth=1, label=f"{name} {label}")
-    middle.set(title="mean cosine between the rows of X (1: collapsed)", xlabel="step", ylim=(-0.3, 1.05))
+        losses.plot(steps, smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
+    losses.set(title="training losses (smoothed)", yscale="log")
+    for name in gradient[0]["shares"] if gradient else ():
+        points = [(line["step"], 100 * line["shares"].get(name, 0)) for line in gradient]
+        shares.plot(*zip(*points), "o-", label=name, linewidth=1, markersize=3)
+    shares.set(title="share of the backbone's gradient, %", ylim=(-3, 103))
     for name in val[0]["miou"] if val else ():
-        right.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-", label=name,
-                   linewidth=1, markersize=3)
-    right.set(title="validation mIoU, %", xlabel="step")
-    for axis in (left, middle, right):
+        miou.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-", label=name,
+                  linewidth=1, markersize=3)
+    miou.set(title="validation mIoU, %")
+    titles = {"cos": "mean cosine of the rows of X (1: collapsed)",
+              "centred": "without their mean and signs (1: one direction)", "rank": "effective rank of these"}
+    for axis, (key, title) in zip(below, titles.items()):
+        for name in train[0].get(key, ()) if train else ():  # a log of an earlier version lacks some
+            for of, style, label in (("x0", "-", "X_0"), ("xl", "--", "X_L")):
+                # A micro-batch without images of the domain has no X_L.
+                points = [(line["step"], line[key][name][of]) for line in train if of in line[key][name]]
+                if points:
+                    axis.plot(*zip(*points), style, linewidth=1, label=f"{name} {label}")
+        axis.set(title=title, xlabel="step")
+    for axis in (losses, shares, miou, *below):
         if axis.lines:
             axis.legend(fontsize=7)
         else:

@@ -38,7 +38,7 @@ class Universal(nn.Module):
         A, terms, X = {}, {}, {}
         if self.association is not None:
             every = {name: head(H[-1]) for name, head in self.net.heads.items()}
-            terms["cross"] = self.association(every, labels, domain, self.sst)
+            terms["cross"] = self.association(every, labels, domain, self.sst, self.balance)
         for name, head in self.net.heads.items():
             rows = rows_of(domain, name)
             A[name] = head(H[-1][rows])
@@ -145,7 +145,7 @@ def build_sst(config, domains, dim, sources=()):
         return None
     intra, static = matrices(config, domains, sources)
     return SST(domains, dim, config.intra_mask, scr, config.connect, aux, config.regions,
-               static=static, sources=sources, intra=intra)
+               static=static, sources=sources, intra=intra, scr_form=config.scr_form)
 
 
 def consistency(config, domains, sources):
