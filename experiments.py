@@ -59,6 +59,19 @@ FINE_TO_COMMON = {
     **dict.fromkeys(("coat", "jacket", "blazer", "blouse", "shirt", "t-shirt", "sweater", "top"),
                     "upper-clothes")}
 
+# What dedicated parsing starts from: the flags of a universal training of the source domains.
+SOURCES = {
+    "photos": ["--preset", "lite", "--data", "ccp-middle=DIR", "ccp-fine=DIR", "--steps", "500"],
+    "figures": ["--preset", "lite", "--data", "cihp=figures", "--steps", "500"],
+}
+
+
+def dedicated(kind, target, *flags):
+    """Flags of train.py for step 2 of dedicated parsing, from SOURCES[kind]."""
+    return ["--mode", "dedicated", "--preset", "lite", "--source-checkpoint", f"SOURCE={kind}", "--target", target,
+            *flags, "--steps", "300"]
+
+
 # name: (what it asks, flags of train.py, which score counts)
 BEDS = {
     "unseen-labels": (
@@ -76,6 +89,16 @@ BEDS = {
         "mean.",
         ["--preset", "lite", "--data", *PHOTOS, "--steps", "500"], "mean"),
 }
+for percent in (10, 25, 50, 100):
+    part = ["--fraction", str(percent / 100)]
+    BEDS[f"dedicated-photos-{percent}"] = (
+        f"Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: {percent} % of the 267 "
+        "photos of `ccp-coarse`. Scored: `ccp-coarse`.",
+        dedicated("photos", "ccp-coarse=DIR", *part), "ccp-coarse")
+    BEDS[f"dedicated-figures-{percent}"] = (
+        f"Dedicated parsing. Source: 2,000 figures, `cihp`. Target: {percent} % of 200 figures, `pascal`. "
+        "Scored: `pascal`.",
+        dedicated("figures", "pascal=figures", "--limit", "pascal=200", *part), "pascal")
 
 
 # Running cells ----------------------------------------------------------------------------------------------
@@ -121,7 +144,8 @@ def run_cell(bed, variant, seed, args):
     """Train and score one cell; returns its record."""
     out = Path(args.runs) / ("held-back" if args.held_back else "") / bed / f"{variant}-{seed}"
     flags = flags_of(bed, variant, seed)
-    program([ROOT / "train.py", *flags, "--validations", 0, "--out", out, "--resume", "auto"], args, out)
+    words = [source_of(word[7:], seed, args) if word.startswith("SOURCE=") else word for word in flags]
+    program([ROOT / "train.py", *words, "--validations", 0, "--out", out, "--resume", "auto"], args)
     began = time.time()
     scores = score(bed, out, args)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -130,6 +154,15 @@ def run_cell(bed, variant, seed, args):
             "steps": log[-1]["step"], "seconds a step": round(median(t["step"] for t in steps), 4),
             "seconds": round(steps[-1]["seconds"]), "seconds of scoring": round(time.time() - began),
             **about()}
+
+
+def source_of(kind, seed, args):
+    """The folder of a trained source, which cells share."""
+    folder = Path(args.runs) / ("held-back" if args.held_back else "") / "sources" / f"{kind}-{seed}"
+    with args.locks.setdefault(folder, Lock()):  # of two cells that need it one trains it
+        program([ROOT / "train.py", *SOURCES[kind], "--seed", seed, "--validations", 0, "--out", folder,
+                 "--resume", "auto"], args)
+    return folder
 
 
 def score(bed, out, args):
@@ -153,7 +186,7 @@ def evaluate(out, data, flags, args):
     return json.loads(program([ROOT / "evaluate.py", out, *data, *flags, "--json"], args))
 
 
-def program(words, args, out=None):
+def program(words, args):
     """Run a program on one thread. Returns what it prints; raises RuntimeError with its last line."""
     words = [str(word) for word in words]
     words = [f"{word[:-4]}={args.folders[word[:-4]]}" if word.endswith("=DIR") else word for word in words]
@@ -177,6 +210,7 @@ def about():
 
 
 def run(args):
+    args.locks = {}
     args.cells = TUNING if args.held_back else CELLS
     args.folders = dict.fromkeys(PHOTO_DOMAINS, args.photos)
     if args.held_back:
