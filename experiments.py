@@ -104,8 +104,9 @@ for percent in (10, 25, 50, 100):
 # Running cells ----------------------------------------------------------------------------------------------
 
 
-def kept(path=CELLS):
+def kept(path=None):
     """The finished cells, a dictionary each."""
+    path = path or CELLS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

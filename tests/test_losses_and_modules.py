@@ -2,14 +2,15 @@
 precision, memory, and where training starts."""
 
 from itertools import product
-from math import prod, sqrt
+from math import exp, log, prod, sqrt
 
 import pytest
 import torch
 
 from sst.domains import LabelDomain
 from sst.losses import L_seg, L_u, cosine
-from sst.modules import MSA, MSE, SST, connections, predicted_regions, regions_of, row_cosine, rows_of
+from sst.modules import (MSA, MSE, SST, centred_cosine, connections, effective_rank, predicted_regions,
+                         regions_of, row_cosine, rows_of)
 
 SIZES = {"a": 4, "b": 3, "c": 5}
 
@@ -102,6 +103,24 @@ def test_row_cosine_is_the_mean_over_all_pairs_of_rows():
     assert row_cosine(torch.tensor([[2.0, 1], [4, 2], [6, 3]])).item() == pytest.approx(1)
     two = torch.tensor([[[3.0, 4], [8, 6]], [[1, 0], [-1, 0]]])  # 24/25 and -1
     assert row_cosine(two).item() == pytest.approx(-1 / 50, rel=1e-4)
+
+
+def test_centred_cosine_has_no_common_vector_and_no_signs():
+    # Minus their mean (1, 1): (2, 0), (-1, 1), (-1, -1); cosines -1/sqrt 2, -1/sqrt 2 and 0.
+    X = torch.tensor([[3.0, 1], [0, 2], [0, 0]])
+    assert centred_cosine(X).item() == pytest.approx(2 * sqrt(0.5) / 3)
+    assert centred_cosine(X + torch.tensor([7.0, -9])).item() == pytest.approx(2 * sqrt(0.5) / 3, abs=1e-5)
+    assert centred_cosine(torch.tensor([[1.0, 2], [2, 4], [9, 18]])).item() == pytest.approx(1)
+
+
+def test_effective_rank_counts_the_directions_that_tell_classes_apart():
+    assert effective_rank(torch.eye(4)).item() == pytest.approx(3), "four rows, minus their mean"
+    assert effective_rank(torch.tensor([[5.0, 5], [6, 6], [7, 7]])).item() == pytest.approx(1)
+    # Centred rows (3, 0), (-3, 0), (0, 1), (0, -1): singular values sqrt 18 and sqrt 2, shares 3/4 and 1/4.
+    X = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
+    assert effective_rank(X).item() == pytest.approx(exp(-0.75 * log(0.75) - 0.25 * log(0.25)))
+    assert effective_rank(torch.stack([X, X + 2])).item() == pytest.approx(4 / 3 ** 0.75)
+    assert effective_rank(torch.ones(3, 2)).item() == pytest.approx(1), "no direction at all"
 
 
 def test_X_0_starts_far_from_the_trivial_solution():

@@ -16,6 +16,7 @@ from sst.config import FIGURES, preset
 from sst.data import Crops, Schedule, collate
 from sst.domains import builtin_domain
 from sst.errors import InputError
+from sst.journal import gradient_shares
 from sst.losses import L_u
 from sst.model import Arch
 from sst.scenarios import Universal
@@ -155,7 +156,7 @@ def test_the_learning_rate_drops_as_published_or_falls_to_nothing():
 # Whole runs -------------------------------------------------------------------------------------------------
 
 SHORT = ["--size", "64x64", "--crop", "64x64", "--batch-size", "3", "--workers", "0",
-         "--validations", "1", "--log-every", "1"]
+         "--validations", "1", "--log-every", "1", "--shares", "0"]
 
 
 def run(monkeypatch, *flags):
@@ -239,6 +240,27 @@ def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys
         (1, "train"), (1, "val"), (2, "train"), (2, "val")]
 
 
+def test_shares_are_lengths_of_the_terms_gradients_and_measuring_changes_nothing(tmp_path, monkeypatch):
+    run(monkeypatch, *SHORT, "--steps", 4, "--out", tmp_path / "without")
+    run(monkeypatch, *SHORT, "--steps", 4, "--shares", 2, "--out", tmp_path / "with")
+    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
+            for name in ("without", "with"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    measured = [line for line in lines(tmp_path / "with") if line["kind"] == "gradient"]
+    assert [line["step"] for line in measured] == [2, 4]
+    shares = measured[0]["shares"]
+    assert set(shares) == {"seg", "aux", "dataset", "img"} and sum(shares.values()) == pytest.approx(1)
+    assert shares["dataset"] == 0 < min(shares[kind] for kind in ("seg", "aux", "img"))
+
+    # Eq. 12 with alpha 2, beta 1, lambda 3 and the weight 1/2 of L_cross, at one parameter of two numbers.
+    x = torch.tensor([1.0, 1.0], requires_grad=True)
+    terms = {"seg/a": x[0], "seg/b": 2 * x[0], "aux/a": 4 * x[1], "dataset": torch.ones(()), "img": x.sum(),
+             "cross": -2 * x[1]}
+    lengths = {"seg": 6, "aux": 4, "dataset": 0, "img": 3 * 2 ** 0.5, "cross": 1}
+    found = gradient_shares(terms, (2, 1, 3, 0.5), [x], scale=1024.0)
+    assert found == pytest.approx({kind: value / sum(lengths.values()) for kind, value in lengths.items()})
+
+
 DRIVER = """
 import sys, torch
 torch.set_default_dtype(torch.float64)
@@ -253,17 +275,19 @@ train.main()
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT)))
-    flags = [*SHORT, "--steps", "3", "--global-batch", "6", "--lr", "1e-3"]
+    flags = [*SHORT, "--steps", "3", "--global-batch", "6", "--lr", "1e-3", "--shares", "1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launch, str(driver), *flags, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 3]
+    kinds = ["train", "train", "train", "gradient", "val"]
+    assert [line["kind"] for line in one] == [line["kind"] for line in two] == kinds
     for a, b in zip(one[:3], two[:3]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
-    assert one[3]["miou"] == pytest.approx(two[3]["miou"], abs=0.01)
+    assert one[3]["shares"] == pytest.approx(two[3]["shares"], rel=1e-6), "of the same micro-batch"
+    assert one[4]["miou"] == pytest.approx(two[4]["miou"], abs=0.01)
     a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"] for name in ("one", "two"))
     for key in a:
         if not key.endswith("num_batches_tracked"):  # counts the micro-batches of a process
