@@ -14,7 +14,6 @@ tuning go to docs/tuning.jsonl; they never see a validation photo. DIR holds Clo
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -22,12 +21,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from threading import Lock
+
+import results
 
 ROOT = Path(__file__).parent
 CELLS, TUNING = ROOT / "docs/cells.jsonl", ROOT / "docs/tuning.jsonl"
-PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
 
 # What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of Table 1.
 VARIANTS = {
@@ -59,46 +59,56 @@ FINE_TO_COMMON = {
     **dict.fromkeys(("coat", "jacket", "blazer", "blouse", "shirt", "t-shirt", "sweater", "top"),
                     "upper-clothes")}
 
-# What dedicated parsing starts from: the flags of a universal training of the source domains.
-SOURCES = {
-    "photos": ["--preset", "lite", "--data", "ccp-middle=DIR", "ccp-fine=DIR", "--steps", "500"],
-    "figures": ["--preset", "lite", "--data", "cihp=figures", "--steps", "500"],
-}
+LITE = ["--preset", "lite", "--steps", "500", "--data"]
+FIGURES = ["pascal=figures", "atr=figures", "cihp=figures"]
 
-
-def dedicated(kind, target, *flags):
-    """Flags of train.py for step 2 of dedicated parsing, from SOURCES[kind]."""
-    return ["--mode", "dedicated", "--preset", "lite", "--source-checkpoint", f"SOURCE={kind}", "--target", target,
-            *flags, "--steps", "300"]
-
+# What dedicated parsing starts from: flags of a universal training of the source domains.
+SOURCES = {"photos": [*LITE, "ccp-middle=DIR", "ccp-fine=DIR"], "figures": [*LITE, "cihp=figures"]}
 
 # name: (what it asks, flags of train.py, which score counts)
 BEDS = {
     "unseen-labels": (
         "Labels that no photo has. 1,500 drawn figures carry `atr`, 266 photos carry `ccp-fine`. Scored: the "
-        "head `atr` on the 104 validation photos, over the 13 classes that both have.",
-        ["--preset", "lite", "--data", "ccp-fine=DIR", "atr=figures", "--limit", "atr=1500",
-         "--steps", "500"],
-        "atr on photos"),
+        "head `atr` on the validation photos, over the 13 classes that both have.",
+        [*LITE, "ccp-fine=DIR", "atr=figures", "--limit", "atr=1500"], "atr on photos"),
     "poor-coarse": (
         "One poor domain. 20 photos carry `ccp-coarse`, 267 `ccp-middle`, 266 `ccp-fine`. Scored: "
         "`ccp-coarse`.",
-        ["--preset", "lite", "--data", *PHOTOS, "--limit", "ccp-coarse=20", "--steps", "500"], "ccp-coarse"),
+        [*LITE, *PHOTOS, "--limit", "ccp-coarse=20"], "ccp-coarse"),
+    "poor-fine": (
+        "The other way round: 20 photos carry `ccp-fine`, 267 `ccp-coarse`, 267 `ccp-middle`. Scored: "
+        "`ccp-fine`.",
+        [*LITE, *PHOTOS, "--limit", "ccp-fine=20"], "ccp-fine"),
+    "poor-pascal-figures": (
+        "The same with drawn figures: 20 carry `pascal`, 2,000 `atr`, 2,000 `cihp`. Scored: `pascal`.",
+        [*LITE, *FIGURES, "--limit", "pascal=20"], "pascal"),
+    "poor-cihp-figures": (
+        "20 figures carry `cihp`, 2,000 `pascal`, 2,000 `atr`. Scored: `cihp`.",
+        [*LITE, *FIGURES, "--limit", "cihp=20"], "cihp"),
     "balanced-photos": (
         "Balanced. 800 photos, a third for each of `ccp-coarse`, `ccp-middle`, `ccp-fine`. Scored: their "
         "mean.",
-        ["--preset", "lite", "--data", *PHOTOS, "--steps", "500"], "mean"),
+        [*LITE, *PHOTOS], "mean"),
+    "balanced-figures": (
+        "Balanced. 2,000 figures for each of `pascal`, `atr`, `cihp`. Scored: their mean.",
+        [*LITE, *FIGURES], "mean"),
 }
 for percent in (10, 25, 50, 100):
-    part = ["--fraction", str(percent / 100)]
+    step_2 = ["--mode", "dedicated", "--preset", "lite", "--steps", "300", "--fraction", str(percent / 100)]
     BEDS[f"dedicated-photos-{percent}"] = (
         f"Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: {percent} % of the 267 "
         "photos of `ccp-coarse`. Scored: `ccp-coarse`.",
-        dedicated("photos", "ccp-coarse=DIR", *part), "ccp-coarse")
+        [*step_2, "--source-checkpoint", "SOURCE=photos", "--target", "ccp-coarse=DIR"], "ccp-coarse")
     BEDS[f"dedicated-figures-{percent}"] = (
         f"Dedicated parsing. Source: 2,000 figures, `cihp`. Target: {percent} % of 200 figures, `pascal`. "
         "Scored: `pascal`.",
-        dedicated("figures", "pascal=figures", "--limit", "pascal=200", *part), "pascal")
+        [*step_2, "--source-checkpoint", "SOURCE=figures", "--target", "pascal=figures", "--limit",
+         "pascal=200"], "pascal")
+for count, pool in ((1, PHOTOS[:1]), (2, PHOTOS[:2]), (3, PHOTOS), (6, PHOTOS + FIGURES)):
+    BEDS[f"pool-{count}"] = (
+        f"A growing pool: {count} of `ccp-coarse`, `ccp-middle`, `ccp-fine`, and figures with `pascal`, `atr`, "
+        "`cihp`. Scored: `ccp-coarse`.",
+        [*LITE, *pool], "ccp-coarse")
 
 
 # Running cells ----------------------------------------------------------------------------------------------
@@ -114,8 +124,15 @@ def wanted(args):
     """(bed, variant, seed) of the cells asked for that are not kept. A variant's name holds its --try."""
     done = {(cell["bed"], cell["variant"], cell["seed"]) for cell in kept(args.cells)}
     variants = [f"{variant} {change}".strip() for variant in args.variants for change in args.changes]
-    asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in variants]
+    asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in variants
+             if variant.split()[0] in variants_of(bed)]
     return [cell for cell in asked if cell not in done]
+
+
+def variants_of(bed):
+    """The variants that there are for a test bed: L_cross joins heads of one network."""
+    several = bed not in ("pool-1",) and not bed.startswith("dedicated")
+    return [name for name in VARIANTS if several or not name.startswith("cross")]
 
 
 def flags_of(bed, variant, seed):
@@ -210,6 +227,12 @@ def about():
             "cpu": cpu, "threads": 1}
 
 
+def report(args):
+    """Write docs/results.md, its tables and its picture."""
+    results.report(BEDS, WHAT, kept(), [cell | {"score": BEDS[cell["bed"]][2]} for cell in kept(TUNING)])
+    return 0
+
+
 def run(args):
     args.locks = {}
     args.cells = TUNING if args.held_back else CELLS
@@ -240,101 +263,6 @@ def run(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, cells))
     return int(None in done)
-
-
-# The page ---------------------------------------------------------------------------------------------------
-
-
-def by_variant(bed):
-    """{variant: {seed: score}} of a test bed's kept cells."""
-    scores = {}
-    for cell in kept():
-        if cell["bed"] == bed:
-            scores.setdefault(cell["variant"], {})[cell["seed"]] = cell["scores"][BEDS[bed][2]]
-    return scores
-
-
-def paired(scores, baseline):
-    """Differences, seed by seed, of the seeds that both have."""
-    return [scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())]
-
-
-def p_value(differences):
-    """Two-sided, of a paired t-test: the tails of Student's density, integrated."""
-    n = len(differences)
-    if n < 2 or not stdev(differences):
-        return float("nan")
-    t, nu = abs(mean(differences)) / stdev(differences) * n ** 0.5, n - 1
-    constant = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / (nu * math.pi) ** 0.5
-    # With x = sqrt(nu) tan(a) the density is constant * sqrt(nu) cos(a)^(nu - 1) over a finite interval.
-    start, steps = math.atan(t / nu ** 0.5), 20000
-    width = (math.pi / 2 - start) / steps
-    tail = sum(math.cos(start + (k + 0.5) * width) ** (nu - 1) for k in range(steps)) * width
-    return 2 * constant * nu ** 0.5 * tail
-
-
-def spread(values):
-    """Mean and standard error, in words."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{error}"
-
-
-def table(bed):
-    """Lines of a test bed's table."""
-    scores, what = by_variant(bed), BEDS[bed][2]
-    lines = [f"## {bed}", "", BEDS[bed][0], "", "```",
-             f"python experiments.py run --photos DIR --only {bed}", "```", "",
-             f"| | {what}, mIoU % | n | against Multi-datasets | better in | p | a step |",
-             "|---|---|---|---|---|---|---|"]
-    cells = [cell for cell in kept() if cell["bed"] == bed]
-    steps = {v: median(cell["seconds a step"] for cell in cells if cell["variant"] == v) for v in scores}
-    for variant in sorted(scores, key=list(VARIANTS).index):
-        values, row = list(scores[variant].values()), f"| {WHAT[variant]} "
-        row += f"| {spread(values)} | {len(values)} "
-        differences = paired(scores[variant], scores.get("multi", {})) if variant != "multi" else []
-        if differences:
-            better, n = sum(d > 0 for d in differences), len(differences)
-            row += f"| {spread(differences)} | {better} of {n} | {p_value(differences):.2g} "
-            row += f"| {steps[variant] / steps['multi']:.2f} x |"
-        else:
-            row += f"| | | | {steps[variant]:.3f} s |"
-        lines.append(row)
-    if bed == "unseen-labels":
-        own = [cell["scores"]["ccp-fine on photos"] for cell in cells if cell["variant"] == "multi"]
-        lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} | | | | |")
-    return lines + [""]
-
-
-def picture(beds):
-    """Every seed a dot, every variant a column, every test bed a panel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(4 * len(beds), 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, bed in zip(figure.subplots(1, len(beds), squeeze=False)[0], beds):
-        scores = by_variant(bed)
-        variants = sorted(scores, key=list(VARIANTS).index)
-        for x, variant in enumerate(variants):
-            values = list(scores[variant].values())
-            axis.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
-            axis.plot([x - 0.2, x + 0.2], [mean(values)] * 2, color="C1", linewidth=2)
-        axis.set(title=bed, ylabel=f"{BEDS[bed][2]}, mIoU %", xticks=range(len(variants)))
-        axis.set_xlim(-0.6, len(variants) - 0.4)
-        axis.set_xticklabels(variants, rotation=20)
-        axis.grid(axis="y", alpha=0.3)
-    figure.savefig(PICTURE)
-
-
-def report(args):
-    """Write the tables and the picture below the page's words, which stay."""
-    beds = [bed for bed in BEDS if by_variant(bed)]
-    mark = "<!-- tables -->"
-    words = PAGE.read_text().split(mark)[0] if PAGE.exists() else "# Results\n\n"
-    lines = [mark, "", "![Every seed a dot, the mean a line](results.png)", ""]
-    PAGE.write_text(words + "\n".join(lines + [line for bed in beds for line in table(bed)]))
-    picture(beds)
-    print(f"wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)} from {len(kept())} cells")
-    return 0
 
 
 def arguments():

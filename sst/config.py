@@ -10,6 +10,7 @@ from .errors import InputError
 from .model import ARCHS
 
 FIGURES = ("pascal", "atr", "cihp")  # label domains of the built-in figures
+LOSSES = "SST (--beta 0 --lam 0 is the Multi-datasets baseline, no SST module is built)"
 PRESETS = ("demo", "small", "lite", "paper")
 
 
@@ -143,7 +144,9 @@ SETTINGS = {
             help="the backbone's first stages that do not learn; its four stages make the maps of strides "
                  "4, 8, 16 and 32"),
     ),
-    "SST (--beta 0 --lam 0 is the Multi-datasets baseline, no SST module is built)": (
+    LOSSES: (
+        row("sst", str, None, ("published",),
+            help="the losses as published in any preset: what the preset `paper` has for the flags below"),
         row("alpha", float, 10.0, (0, 1e6),
             help="weight of L_seg"),
         row("beta", float, 1.0, (0, 1e6),
@@ -321,6 +324,8 @@ def resolve(given, before=None):
     if given.get("check") and "workers" not in given:
         few = hasattr(os, "sched_getaffinity")  # not on every system
         changes["workers"] = len(os.sched_getaffinity(0)) if few else os.cpu_count()
+    if given.get("sst"):
+        changes = {s.name: s.published for s in SETTINGS[LOSSES] if s.name != "sst"} | changes
     config = preset(name) | changes
     check(config)
     return config

@@ -125,18 +125,18 @@ def centred(X):
     return X - X.mean(-2, keepdim=True)
 
 
-def L_cross(A, Y, T, balance=0.0):
+def L_cross(A, Y, T):
     """Cross-domain likelihood of the logits A (B, Z_j, h, w) of head j on images labelled in domain i.
 
     Y (B, h, w) int64: their labels at the size of A, 255 ignored. T (Z_j, Z_i): T[k, y] = P(label y of domain
     i | class k of domain j), rows summing to 1. A pixel labelled y costs -log sum_k p_j(k) T[k, y]: what head
     j believes, told in the words of domain i, should be its label. That is the forward correction of noisy
-    labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean, with its
-    balance, is L_seg's.
+    labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean is Eq.
+    1's: small classes weigh no more with --balance, with which it learned less (docs/experiments.md).
     """
     A = A.to(torch.promote_types(A.dtype, torch.float32)).flatten(2)  # (B, Z_j, n)
-    weight = pixel_weights(Y, balance, A.dtype)  # (B, n), 0 where ignored
     Y = Y.flatten(1)
+    weight = (Y != IGNORE).to(A.dtype)  # (B, n)
     log_T = T.clamp(min=1e-6).log()[:, Y.where(Y != IGNORE, 0)].transpose(0, 1)  # (B, Z_j, n)
     cost = A.logsumexp(1) - (A + log_T).logsumexp(1)
     L = (cost * weight).sum(1) / weight.sum(1).clamp(min=1)

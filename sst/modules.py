@@ -459,12 +459,12 @@ class Association(nn.Module):
         labelled = F.one_hot(Y[Y != IGNORE], N.shape[1]).to(p.dtype)  # (n, Z_i)
         N.lerp_((p.T @ labelled / max(1, len(p))).to(N.dtype), 1 - self.MOMENTUM)
 
-    def forward(self, A, labels, domain, sst=None, balance=0.0):
+    def forward(self, A, labels, domain, sst=None):
         """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of all images."""
         total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
         for j, i in permutations(A, 2):
             rows = rows_of(domain, i)
-            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst), balance)  # 0 without an image
+            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))  # 0 without an image
             if self.training and self.how == "counts" and rows != []:
                 self.count(j, i, A[j][rows], Y[rows])
         return total

@@ -38,7 +38,7 @@ class Universal(nn.Module):
         A, terms, X = {}, {}, {}
         if self.association is not None:
             every = {name: head(H[-1]) for name, head in self.net.heads.items()}
-            terms["cross"] = self.association(every, labels, domain, self.sst, self.balance)
+            terms["cross"] = self.association(every, labels, domain, self.sst)
         for name, head in self.net.heads.items():
             rows = rows_of(domain, name)
             A[name] = head(H[-1][rows])

@@ -1,11 +1,14 @@
 """experiments.py: the statistics by hand, the page from made-up cells, every cell a run of train.py."""
 
 import json
+from statistics import mean, stdev
 
 import pytest
 
 import experiments
+import results
 from sst import runs
+from sst.config import preset
 from sst.domains import builtin_domain
 
 
@@ -15,13 +18,16 @@ def cell(variant, seed, score, bed="balanced-photos", step=0.5):
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Four seeds of two variants, and a fifth that only one has."""
-    for name, file in (("CELLS", "cells.jsonl"), ("PAGE", "results.md"), ("PICTURE", "results.png")):
-        monkeypatch.setattr(experiments, name, tmp_path / file)
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    """Four seeds of two variants, a fifth that only one has, and two of the baseline with more steps."""
+    monkeypatch.setattr(experiments, "CELLS", tmp_path / "cells.jsonl")
+    monkeypatch.setattr(experiments, "TUNING", tmp_path / "tuning.jsonl")
+    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(results, "PICTURE", tmp_path / "results.png")
     made = [cell("multi", seed, 30.0 + seed) for seed in range(5)]
     made += [cell("cross", seed, 30.0 + seed + gain, step=0.6) for seed, gain in enumerate((1, 2, 3, 4))]
+    made += [cell("multi steps=600", seed, 30.5 + seed) for seed in (0, 1)]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    (tmp_path / "tuning.jsonl").write_text(json.dumps(cell("multi lr=0.006", 0, 28.0)) + "\n")
     return tmp_path
 
 
@@ -29,15 +35,15 @@ def test_the_p_value_is_that_of_a_table():
     # Student's t: two-sided 5 % at t = 4.303 with 2 degrees of freedom and 2.365 with 7; 1 % at 3.499 with 7.
     for t, n, p in ((4.303, 3, 0.05), (2.365, 8, 0.05), (3.499, 8, 0.01)):
         values = [(-1.0) ** k for k in range(n)]
-        m, s = experiments.mean(values), experiments.stdev(values)
+        m, s = mean(values), stdev(values)
         shifted = [value - m + t * s / n ** 0.5 for value in values]
-        assert experiments.p_value(shifted) == pytest.approx(p, rel=2e-3)
-    assert experiments.p_value([1, -1]) == pytest.approx(1)
+        assert results.p_value(shifted) == pytest.approx(p, rel=2e-3)
+    assert results.p_value([1, -1]) == pytest.approx(1)
 
 
-def test_differences_are_paired_by_seed(cells):
-    scores = experiments.by_variant("balanced-photos")
-    assert experiments.paired(scores["cross"], scores["multi"]) == [1, 2, 3, 4], "seed 4 has no partner"
+def test_differences_are_paired_by_seed():
+    one, two = {0: 31, 1: 33, 2: 35, 3: 37}, {3: 33, 2: 32, 1: 31, 0: 30, 4: 34}
+    assert results.paired(one, two) == [1, 2, 3, 4], "seed 4 has no partner"
 
 
 def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
@@ -45,8 +51,12 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     experiments.report(None)
     page = (cells / "results.md").read_text()
     assert page.startswith("# Results\n\nThe answer.\n\n") and "old tables" not in page
-    assert "| Multi-datasets | 32.00 ± 0.71 | 5 | | | | 0.500 s |" in page
-    assert "| 34.00 ± 1.29 | 4 | 2.50 ± 0.65 | 4 of 4 | 0.03 | 1.20 x |" in page
+    assert "| Multi-datasets | 32.00 ± 0.71 | 5 | | | 0.500 s |" in page
+    assert "| Multi-datasets, steps=600 | 31.00 ± 0.50 | 2 | | | 0.500 s |" in page
+    # Against seeds 0 to 3 at equal steps: 1, 2, 3, 4. Against seeds 0 and 1 with more steps: 0.5, 1.5.
+    assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 | 1.20 x |"
+            in page)
+    assert "| balanced-photos | Multi-datasets, lr=0.006 | 28.00 | 1 |" in page
     assert (cells / "results.png").stat().st_size > 5000
 
 
@@ -74,11 +84,27 @@ def test_a_cell_that_fails_is_named_and_nothing_is_kept(cells, capsys, monkeypat
     assert "balanced-photos, cross, seed 4: failed: train.py: no such folder" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("variant", experiments.VARIANTS)
-@pytest.mark.parametrize("bed", experiments.BEDS)
-def test_every_cell_is_a_run_of_train(bed, variant):
-    config = runs.configure([*experiments.BEDS[bed][1], *experiments.VARIANTS[variant], "--seed", "3"])
-    assert config.steps and config.preset == "lite" and config.seed == 3
+@pytest.mark.parametrize("bed, variant", [
+    (bed, variant) for bed in experiments.BEDS for variant in experiments.variants_of(bed)])
+def test_every_cell_is_a_run_of_train(bed, variant, monkeypatch):
+    monkeypatch.setattr(runs, "before", lambda given: preset("lite") if "source_checkpoint" in given else None)
+    config = runs.configure(experiments.flags_of(bed, f"{variant} lr=0.006", 3))
+    assert (config.preset, config.seed, config.lr) == ("lite", 3, 0.006) and config.steps
+
+
+def test_held_back_photos_are_in_no_training_list(tmp_path):
+    photos = tmp_path / "photos"
+    folders = experiments.hold_back(photos, tmp_path / "back")
+    lists = {name: [(tmp_path / "back" / name / f"{split}_id.txt").read_text().split()
+                    for split in ("train", "val")] for name in folders}
+    back = lists["ccp-fine"][1]
+    assert len(back) == 162 and all(val == back for _, val in lists.values())
+    assert [len(train) for train, _ in lists.values()] == [213, 213, 212, 638]
+    assert not any(set(train) & set(back) for train, _ in lists.values())
+    official = (experiments.BUILTIN / "ccp_val_id.txt").read_text().split()
+    assert not set(official) & {id for train, _ in lists.values() for id in train + back}
+    fields = json.loads((tmp_path / "back/ccp-fine/domain.json").read_text())
+    assert fields["images"] == f"{photos}/photos" and fields["classes"][0] == "background"
 
 
 @pytest.mark.parametrize("head, classes", [("atr", experiments.ATR_TO_COMMON),

@@ -1,0 +1,150 @@
+"""docs/results.md and its picture, from the cells that experiments.py keeps: `python experiments.py report`.
+
+A cell is {"bed", "variant", "seed", "scores": {what: mIoU %}, "seconds a step", "steps", ...}. Its variant
+may hold changed flags: "multi steps=530" is the baseline with as much time as a variant whose step takes 1.06
+times as long.
+"""
+
+import math
+from pathlib import Path
+from statistics import mean, median, stdev
+
+ROOT = Path(__file__).parent
+PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
+BASELINE = "multi"
+MARK = "<!-- tables -->"  # the page's words stand above it and stay
+
+
+class Bed:
+    """A test bed's cells. question, score: what it asks, which score counts. names: of variants, in words."""
+
+    def __init__(self, name, question, score, cells, names):
+        self.name, self.question, self.score, self.names = name, question, score, names
+        self.cells = [cell for cell in cells if cell["bed"] == name]
+        self.scores = {}  # {variant: {seed: score}}
+        for cell in self.cells:
+            self.scores.setdefault(cell["variant"], {})[cell["seed"]] = cell["scores"][score]
+        self.variants = sorted(self.scores, key=self.order)
+        self.longer = [v for v in self.variants if v.startswith(f"{BASELINE} steps=")]
+
+    def order(self, variant):
+        name, *changes = variant.split()
+        return list(self.names).index(name), changes
+
+    def label(self, variant):
+        name, *changes = variant.split()
+        return ", ".join([self.names[name], *changes])
+
+    def seconds(self, variant):
+        """The median of its cells' seconds a step."""
+        return median(cell["seconds a step"] for cell in self.cells if cell["variant"] == variant)
+
+    def table(self):
+        """Lines of Markdown."""
+        lines = [f"## {self.name}", "", self.question, "", "```",
+                 f"python experiments.py run --photos DIR --only {self.name}", "```", "",
+                 f"| | {self.score}, mIoU % | n | against Multi-datasets, equal steps | equal time | a step |",
+                 "|---|---|---|---|---|---|"]
+        for variant in self.variants:
+            values = list(self.scores[variant].values())
+            row = f"| {self.label(variant)} | {spread(values)} | {len(values)} "
+            if variant.split()[0] == BASELINE or BASELINE not in self.scores:
+                row += f"| | | {self.seconds(variant):.3f} s |"
+            else:
+                longer = self.longer and compared(self.scores[variant], self.scores[self.longer[0]])
+                row += f"| {compared(self.scores[variant], self.scores[BASELINE])} | {longer or ''} "
+                row += f"| {self.seconds(variant) / self.seconds(BASELINE):.2f} x |"
+            lines.append(row)
+        if self.name == "unseen-labels":
+            own = [cell["scores"]["ccp-fine on photos"] for cell in self.cells if cell["variant"] == BASELINE]
+            lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} | | | |")
+        return lines + [""]
+
+    def draw(self, axis):
+        """Every seed a dot, the mean a line."""
+        for x, variant in enumerate(self.variants):
+            values = list(self.scores[variant].values())
+            axis.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
+            axis.plot([x - 0.2, x + 0.2], [mean(values)] * 2, color="C1", linewidth=2)
+        axis.set(title=self.name, ylabel=f"{self.score}, mIoU %", xticks=range(len(self.variants)))
+        axis.set_xlim(-0.6, len(self.variants) - 0.4)
+        axis.set_xticklabels(self.variants, rotation=20, ha="right", fontsize=7)
+        axis.grid(axis="y", alpha=0.3)
+
+
+def paired(scores, baseline):
+    """Differences, seed by seed, of the seeds that both have."""
+    return [scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())]
+
+
+def compared(scores, baseline):
+    """The paired differences in words: mean ± standard error, how many are gains, p."""
+    differences = paired(scores, baseline)
+    if not differences:
+        return "no seed in common"
+    better = sum(d > 0 for d in differences)
+    return f"{spread(differences, '+')}, {better} of {len(differences)}, p {p_value(differences):.2g}"
+
+
+def p_value(differences):
+    """Two-sided, of a paired t-test: the tails of Student's density, integrated."""
+    n = len(differences)
+    if n < 2 or not stdev(differences):
+        return float("nan")
+    t, nu = abs(mean(differences)) / stdev(differences) * n ** 0.5, n - 1
+    constant = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / (nu * math.pi) ** 0.5
+    # With x = sqrt(nu) tan(a) the density is constant * sqrt(nu) cos(a)^(nu - 1) over a finite interval.
+    start, steps = math.atan(t / nu ** 0.5), 20000
+    width = (math.pi / 2 - start) / steps
+    tail = sum(math.cos(start + (k + 0.5) * width) ** (nu - 1) for k in range(steps)) * width
+    return 2 * constant * nu ** 0.5 * tail
+
+
+def spread(values, sign=""):
+    """Mean and standard error, in words."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.2f}{error}"
+
+
+def tuning(cells, names):
+    """Lines of Markdown: every setting that was tried on the photos held back."""
+    lines = ["## Tuning", "", "Trained on four fifths of the training lists, scored on the last fifth.", "",
+             "| test bed | | mIoU % | n |", "|---|---|---|---|"]
+    groups = {}
+    for cell in cells:
+        groups.setdefault((cell["bed"], cell["variant"]), []).append(cell["scores"][cell["score"]])
+    for (bed, variant), values in sorted(groups.items()):
+        name, *changes = variant.split()
+        lines.append(f"| {bed} | {', '.join([names[name], *changes])} | {spread(values)} | {len(values)} |")
+    return lines + [""] if cells else []
+
+
+def picture(beds):
+    """A panel for each test bed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    columns = min(4, len(beds))
+    rows = -(-len(beds) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, bed in zip(panels, beds):
+        bed.draw(axis)
+    for axis in panels[len(beds):]:
+        axis.axis("off")
+    figure.savefig(PICTURE)
+
+
+def report(beds, names, cells, tuned):
+    """Write the tables and the picture below the page's words.
+
+    beds: experiments.BEDS. names: {variant: in words}. cells, tuned: of the test beds and of tuning.
+    """
+    beds = [Bed(name, question, score, cells, names) for name, (question, _, score) in beds.items()]
+    beds = [bed for bed in beds if bed.cells]
+    words = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# Results\n\n"
+    lines = [MARK, "", "![Every seed a dot, the mean a line](results.png)", ""]
+    lines += [line for bed in beds for line in bed.table()] + tuning(tuned, names)
+    PAGE.write_text(words + "\n".join(lines))
+    picture(beds)
+    print(f"wrote {PAGE.name} and {PICTURE.name} from {len(cells)} cells")
