@@ -29,15 +29,16 @@ import results
 ROOT = Path(__file__).parent
 CELLS, TUNING = ROOT / "docs/cells.jsonl", ROOT / "docs/tuning.jsonl"
 
-# What each variant adds to the flags of a test bed. `multi` is Multi-datasets, the baseline of Table 1.
+# name: (in words, what it adds to the flags of a test bed). `multi` is the baseline of Table 1; in dedicated
+# parsing it is fine-tuning on the target alone, and L_cross is added to `joint`.
+NO_SST = ["--beta", "0", "--lam", "0", "--cross"]
 VARIANTS = {
-    "multi": ["--beta", "0", "--lam", "0"],
-    "cross": ["--beta", "0", "--lam", "0", "--cross", "1", "--association", "counts"],
-    "cross-words": ["--beta", "0", "--lam", "0", "--cross", "1", "--association", "words"],
-    "sst": [],
+    "multi": ("Multi-datasets", [*NO_SST, "0"]),
+    "joint": ("Multi-datasets, source and target", [*NO_SST, "0"]),
+    "cross": ("+ L_cross, associations counted", [*NO_SST, "1", "--association", "counts"]),
+    "cross-words": ("+ L_cross, associations from words", [*NO_SST, "1", "--association", "words"]),
+    "sst": ("SST as published", ["--sst", "published"]),
 }
-WHAT = {"multi": "Multi-datasets", "cross": "+ L_cross, associations counted",
-        "cross-words": "+ L_cross, associations from words", "sst": "SST as written"}
 BUILTIN = ROOT / "sst/builtin"
 TRAINED = ("ccp-coarse", "ccp-middle", "ccp-fine")  # disjoint lists, in all those of ccp-common
 PHOTO_DOMAINS = (*TRAINED, "ccp-common")
@@ -50,7 +51,7 @@ ATR_TO_COMMON = {
     "scarf": "scarf", "left shoe": "shoes", "right shoe": "shoes", "face": "skin", "left leg": "skin",
     "right leg": "skin", "left arm": "skin", "right arm": "skin"}
 
-# The head `ccp-fine` through the same classes: what labels on the photos themselves give.
+# The head `ccp-fine`: what labels on the photos themselves give.
 FINE_TO_COMMON = {
     "background": "background", "hair": "hair", "skin": "skin", "hat": "hat", "glasses": "sunglasses",
     "scarf": "scarf", "bag": "bag", "belt": "belt", "dress": "dress", "skirt": "skirt", "boots": "shoes",
@@ -62,10 +63,11 @@ FINE_TO_COMMON = {
 LITE = ["--preset", "lite", "--steps", "500", "--data"]
 FIGURES = ["pascal=figures", "atr=figures", "cihp=figures"]
 
-# What dedicated parsing starts from: flags of a universal training of the source domains.
-SOURCES = {"photos": [*LITE, "ccp-middle=DIR", "ccp-fine=DIR"], "figures": [*LITE, "cihp=figures"]}
+# The source domains of dedicated parsing, which universal parsing is trained on.
+SOURCES = {"photos": ["ccp-middle=DIR", "ccp-fine=DIR"], "figures": ["cihp=figures"]}
+SOURCE_LOSSES = ["--sst", "published", "--lam", "0"]  # L_seg and L_aux, as in step 1 of Sec. 3.3
 
-# name: (what it asks, flags of train.py, which score counts)
+# name: (what it asks, flags of train.py, which score counts). Of dedicated parsing: what `step_2` takes.
 BEDS = {
     "unseen-labels": (
         "Labels that no photo has. 1,500 drawn figures carry `atr`, 266 photos carry `ccp-fine`. Scored: the "
@@ -94,20 +96,18 @@ BEDS = {
         [*LITE, *FIGURES], "mean"),
 }
 for percent in (10, 25, 50, 100):
-    step_2 = ["--mode", "dedicated", "--preset", "lite", "--steps", "300", "--fraction", str(percent / 100)]
     BEDS[f"dedicated-photos-{percent}"] = (
         f"Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: {percent} % of the 267 "
         "photos of `ccp-coarse`. Scored: `ccp-coarse`.",
-        [*step_2, "--source-checkpoint", "SOURCE=photos", "--target", "ccp-coarse=DIR"], "ccp-coarse")
+        ["photos", "ccp-coarse=DIR", "--limit", f"ccp-coarse={267 * percent // 100}"], "ccp-coarse")
     BEDS[f"dedicated-figures-{percent}"] = (
         f"Dedicated parsing. Source: 2,000 figures, `cihp`. Target: {percent} % of 200 figures, `pascal`. "
         "Scored: `pascal`.",
-        [*step_2, "--source-checkpoint", "SOURCE=figures", "--target", "pascal=figures", "--limit",
-         "pascal=200"], "pascal")
+        ["figures", "pascal=figures", "--limit", f"pascal={2 * percent}"], "pascal")
 for count, pool in ((1, PHOTOS[:1]), (2, PHOTOS[:2]), (3, PHOTOS), (6, PHOTOS + FIGURES)):
     BEDS[f"pool-{count}"] = (
-        f"A growing pool: {count} of `ccp-coarse`, `ccp-middle`, `ccp-fine`, and figures with `pascal`, `atr`, "
-        "`cihp`. Scored: `ccp-coarse`.",
+        f"A growing pool: {count} of `ccp-coarse`, `ccp-middle`, `ccp-fine`, and figures with `pascal`, "
+        "`atr`, `cihp`. Scored: `ccp-coarse`.",
         [*LITE, *pool], "ccp-coarse")
 
 
@@ -130,16 +130,31 @@ def wanted(args):
 
 
 def variants_of(bed):
-    """The variants that there are for a test bed: L_cross joins heads of one network."""
-    several = bed not in ("pool-1",) and not bed.startswith("dedicated")
-    return [name for name in VARIANTS if several or not name.startswith("cross")]
+    """The variants that there are for a test bed: L_cross joins several domains."""
+    if bed.startswith("dedicated"):
+        return list(VARIANTS)
+    return [name for name in VARIANTS if name in ("multi", "sst") or name != "joint" and bed != "pool-1"]
 
 
 def flags_of(bed, variant, seed):
     """"multi lr=0.006" -> the flags of the test bed, of the variant, and --lr 0.006."""
     name, *changes = variant.split()
-    changed = [word for change in changes for word in ("--" + change.partition("=")[0], change.partition("=")[2])]
-    return [*BEDS[bed][1], *VARIANTS[name], *changed, "--seed", str(seed)]
+    changed = [word for change in changes for word in f"--{change}".split("=")]
+    flags = step_2(name, *BEDS[bed][1]) if bed.startswith("dedicated") else BEDS[bed][1]
+    return [*flags, *VARIANTS[name][1], *changed, "--seed", str(seed)]
+
+
+def step_2(variant, source, target, *limit):
+    """Flags of dedicated parsing from a trained source: `multi` is plain fine-tuning on the target alone.
+
+    L_cross needs both domains in a batch: universal parsing from the source's weights, target and source.
+    """
+    start = f"SOURCE={source}"
+    if variant in ("multi", "sst"):
+        flags = ["--mode", "dedicated", "--source-checkpoint", start, "--target", target]
+    else:
+        flags = ["--init-from", start, "--data", target, *SOURCES[source]]
+    return ["--preset", "lite", "--steps", "300", *flags, *limit]
 
 
 def hold_back(photos, folder):
@@ -178,8 +193,8 @@ def source_of(kind, seed, args):
     """The folder of a trained source, which cells share."""
     folder = Path(args.runs) / ("held-back" if args.held_back else "") / "sources" / f"{kind}-{seed}"
     with args.locks.setdefault(folder, Lock()):  # of two cells that need it one trains it
-        program([ROOT / "train.py", *SOURCES[kind], "--seed", seed, "--validations", 0, "--out", folder,
-                 "--resume", "auto"], args)
+        program([ROOT / "train.py", *LITE, *SOURCES[kind], *SOURCE_LOSSES, "--seed", seed, "--validations", 0,
+                 "--out", folder, "--resume", "auto"], args)
     return folder
 
 
@@ -229,7 +244,8 @@ def about():
 
 def report(args):
     """Write docs/results.md, its tables and its picture."""
-    results.report(BEDS, WHAT, kept(), [cell | {"score": BEDS[cell["bed"]][2]} for cell in kept(TUNING)])
+    names = {name: words for name, (words, _) in VARIANTS.items()}
+    results.report(BEDS, names, kept(), [cell | {"score": BEDS[cell["bed"]][2]} for cell in kept(TUNING)])
     return 0
 
 

@@ -43,7 +43,8 @@ class Bed:
         """Lines of Markdown."""
         lines = [f"## {self.name}", "", self.question, "", "```",
                  f"python experiments.py run --photos DIR --only {self.name}", "```", "",
-                 f"| | {self.score}, mIoU % | n | against Multi-datasets, equal steps | equal time | a step |",
+                 f"| | {self.score}, mIoU % | n | against Multi-datasets, equal steps | equal time "
+                 "| a step |",
                  "|---|---|---|---|---|---|"]
         for variant in self.variants:
             values = list(self.scores[variant].values())
@@ -57,7 +58,8 @@ class Bed:
             lines.append(row)
         if self.name == "unseen-labels":
             own = [cell["scores"]["ccp-fine on photos"] for cell in self.cells if cell["variant"] == BASELINE]
-            lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} | | | |")
+            lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} "
+                         "| | | |")
         return lines + [""]
 
     def draw(self, axis):
