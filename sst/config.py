@@ -197,7 +197,7 @@ SETTINGS = {
             help="part of the run after which the rate is less"),
         row("decay", str, "drop", ("drop", "linear"), small="linear",
             help="drop: to a tenth, as published; linear: falling to 0 at the end"),
-        row("balance", float, 0.0, (0, 1), small=0.25, lite=0.0, metavar="P",
+        row("balance", float, 0.0, (0, 1), small=0.25, metavar="P",
             help="L_seg's weight of a pixel: (pixels of its class in the image) ** -P; not published"),
         row("clip", float, None, (1e-12, 1e12), metavar="NORM",
             help="shorten the gradient to this norm; not published"),
