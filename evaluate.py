@@ -53,9 +53,8 @@ def arguments():
                         "no mean")
     g = p.add_argument_group("the network's input")
     g.add_argument("--size", type=pair, metavar="HxW",
-                   help="fit the whole photo into this size first (default: as the config.json beside the "
-                        "checkpoint says, else the photo's own size); scores are at the label's own size in "
-                        "any case")
+                   help="fit the whole photo into this size first (default: as in training, which the "
+                        "checkpoint says); scores are at the label's own size in any case")
     g.add_argument("--flip", action="store_true", help="average over the photo and its mirror image")
     g.add_argument("--scales", type=float, nargs="+", metavar="X",
                    help="average over these factors of the size, such as 0.75 1 1.25")
@@ -83,7 +82,7 @@ def main(argv=None):
     net, domains = checkpoint.load_model(path)
     net.to(device, memory_format=torch.channels_last)
     heads = {d.name: d for d in domains}
-    size = args.size or checkpoint.trained_size(path)
+    size = args.size or checkpoint.trained_size(net, path)
     via = [split_spec(spec) for spec in args.via]
     datasets = {d.domain.name: d for d in open_data(args, heads, via, size)}
     columns = columns_of(path, datasets, heads, via)
@@ -158,7 +157,7 @@ def different_photos(datasets):
 
 
 def views_in_words(args, size):
-    origin = "--size" if args.size else "as in training, by config.json"
+    origin = "--size" if args.size else "as in training"
     words = f"fitted into {size[0]}x{size[1]} ({origin})" if size else "at their own size"
     if args.flip or len(args.scales) > 1:
         mirrored = ", each mirrored too" if args.flip else ""

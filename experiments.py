@@ -30,11 +30,10 @@ ROOT = Path(__file__).parent
 CELLS, TUNING = ROOT / "docs/cells.jsonl", ROOT / "docs/tuning.jsonl"
 
 # name: (in words, what it adds to the flags of a test bed). `multi` is the baseline of Table 1; in dedicated
-# parsing it is fine-tuning on the target alone, and L_cross is added to `joint`.
+# parsing it is fine-tuning.
 NO_SST = ["--beta", "0", "--lam", "0", "--cross"]
 VARIANTS = {
     "multi": ("Multi-datasets", [*NO_SST, "0"]),
-    "joint": ("Multi-datasets, source and target", [*NO_SST, "0"]),
     "cross": ("+ L_cross, associations counted", [*NO_SST, "1", "--association", "counts"]),
     "cross-words": ("+ L_cross, associations from words", [*NO_SST, "1", "--association", "words"]),
     "sst": ("SST as published", ["--sst", "published"]),
@@ -67,7 +66,7 @@ FIGURES = ["pascal=figures", "atr=figures", "cihp=figures"]
 SOURCES = {"photos": ["ccp-middle=DIR", "ccp-fine=DIR"], "figures": ["cihp=figures"]}
 SOURCE_LOSSES = ["--sst", "published", "--lam", "0"]  # L_seg and L_aux, as in step 1 of Sec. 3.3
 
-# name: (what it asks, flags of train.py, which score counts). Of dedicated parsing: what `step_2` takes.
+# name: (what it asks, flags of train.py, which score counts)
 BEDS = {
     "unseen-labels": (
         "Labels that no photo has. 1,500 drawn figures carry `atr`, 266 photos carry `ccp-fine`. Scored: the "
@@ -96,14 +95,17 @@ BEDS = {
         [*LITE, *FIGURES], "mean"),
 }
 for percent in (10, 25, 50, 100):
+    step_2 = ["--mode", "dedicated", "--preset", "lite", "--steps", "300"]
     BEDS[f"dedicated-photos-{percent}"] = (
         f"Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: {percent} % of the 267 "
         "photos of `ccp-coarse`. Scored: `ccp-coarse`.",
-        ["photos", "ccp-coarse=DIR", "--limit", f"ccp-coarse={267 * percent // 100}"], "ccp-coarse")
+        [*step_2, "--source-checkpoint", "SOURCE=photos", "--target", "ccp-coarse=DIR", "--limit",
+         f"ccp-coarse={267 * percent // 100}"], "ccp-coarse")
     BEDS[f"dedicated-figures-{percent}"] = (
         f"Dedicated parsing. Source: 2,000 figures, `cihp`. Target: {percent} % of 200 figures, `pascal`. "
         "Scored: `pascal`.",
-        ["figures", "pascal=figures", "--limit", f"pascal={2 * percent}"], "pascal")
+        [*step_2, "--source-checkpoint", "SOURCE=figures", "--target", "pascal=figures", "--limit",
+         f"pascal={2 * percent}"], "pascal")
 for count, pool in ((1, PHOTOS[:1]), (2, PHOTOS[:2]), (3, PHOTOS), (6, PHOTOS + FIGURES)):
     BEDS[f"pool-{count}"] = (
         f"A growing pool: {count} of `ccp-coarse`, `ccp-middle`, `ccp-fine`, and figures with `pascal`, "
@@ -131,30 +133,14 @@ def wanted(args):
 
 def variants_of(bed):
     """The variants that there are for a test bed: L_cross joins several domains."""
-    if bed.startswith("dedicated"):
-        return list(VARIANTS)
-    return [name for name in VARIANTS if name in ("multi", "sst") or name != "joint" and bed != "pool-1"]
+    return [name for name in VARIANTS if bed != "pool-1" or name in ("multi", "sst")]
 
 
 def flags_of(bed, variant, seed):
     """"multi lr=0.006" -> the flags of the test bed, of the variant, and --lr 0.006."""
     name, *changes = variant.split()
     changed = [word for change in changes for word in f"--{change}".split("=")]
-    flags = step_2(name, *BEDS[bed][1]) if bed.startswith("dedicated") else BEDS[bed][1]
-    return [*flags, *VARIANTS[name][1], *changed, "--seed", str(seed)]
-
-
-def step_2(variant, source, target, *limit):
-    """Flags of dedicated parsing from a trained source: `multi` is plain fine-tuning on the target alone.
-
-    L_cross needs both domains in a batch: universal parsing from the source's weights, target and source.
-    """
-    start = f"SOURCE={source}"
-    if variant in ("multi", "sst"):
-        flags = ["--mode", "dedicated", "--source-checkpoint", start, "--target", target]
-    else:
-        flags = ["--init-from", start, "--data", target, *SOURCES[source]]
-    return ["--preset", "lite", "--steps", "300", *flags, *limit]
+    return [*BEDS[bed][1], *VARIANTS[name][1], *changed, "--seed", str(seed)]
 
 
 def hold_back(photos, folder):

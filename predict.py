@@ -48,7 +48,7 @@ def arguments():
     g = p.add_mutually_exclusive_group()
     g.add_argument("--size", type=pair, metavar="HxW",
                    help="fit the whole photo into this size for the network (default: the --size of the run, "
-                        "from the config.json beside model.pt)")
+                        "which its files name)")
     g.add_argument("--max-side", type=positive, metavar="N",
                    help="instead, the photo's own size, shrunk to at most N pixels on its longer side "
                         f"(default where the run has no --size: {MAX_SIDE})")
@@ -68,7 +68,7 @@ def main():
     known = ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values())
     print(f"label domains: {known}")
     if args.export:
-        export(parser.net, parser.domains, args.export)
+        export(parser.net, parser.domains, args.export, parser.size)
         print(f"wrote {args.export}")
     if photos:
         origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"

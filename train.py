@@ -124,7 +124,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
         if mean > at.best:
             at.best = mean
             if rank == 0:
-                checkpoint.save(checkpoint.model_content(model.net, domains), out / "best.pt")
+                checkpoint.save(checkpoint.model_content(model.net, domains, config.size), out / "best.pt")
         at.pending = False
         save(again=True)
         return results
@@ -224,7 +224,7 @@ def validate(net, val_sets, size, place, skipped=None):
 def finish(config, net, domains, val_sets, journal, results, best, passes):
     """The kept network, pictures, and a table of what was reached."""
     out = Path(config.out)
-    checkpoint.save(checkpoint.model_content(net, domains), out / "model.pt")
+    checkpoint.save(checkpoint.model_content(net, domains, config.size), out / "model.pt")
     save_curves(journal.lines(), out / "curves.png")
     save_samples(samples(net.eval(), val_sets, config.size, config.skip_bad), out / "samples.png")
     passes = ", ".join(f"{d.name} {p:.2f}" for d, p in zip(domains, passes))

@@ -2,12 +2,14 @@
 
 A run's files are the kept network (model.pt, best.pt) and everything needed to resume (last.pt, and
 previous.pt before it). All are loaded with weights_only=True: a stranger's file runs no code. Each is read
-against its checksums: a damaged file is refused, never loaded.
+against its checksums: a damaged file is refused, never loaded. Nothing in it makes us allocate more than the
+file's own bytes.
 """
 
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,8 @@ from urllib.error import URLError
 import torch
 
 from .domains import from_dict
-from .errors import InputError
+from .errors import InputError, InputWarning
+from .files import MEAN_COLOUR
 from .model import Arch, ParsingNet
 from .resnet import ResNet
 
@@ -102,6 +105,10 @@ def load(path, kind):
         raise InputError(f"{path}: no such file; give a {expected} that train.py wrote")
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            if packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
+                raise ValueError  # PyTorch stores as it is; a few packed bytes may unpack to gigabytes
             if archive.testzip():  # a checksum is wrong; torch.load does not look at them
                 raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -125,6 +132,12 @@ def domains_of(content, path):
 
 def load_weights(module, weights, path):
     """load_state_dict, every name and shape the same; raises InputError that names the first that is not."""
+    compare(module, weights, path)
+    module.load_state_dict(weights)
+
+
+def compare(module, weights, path):
+    """Raise InputError that names the first weight which is not as the module's, by name or shape."""
     own = module.state_dict()
     for key in [*own, *weights]:
         found, wanted = (tuple(w[key].shape) if key in w else None for w in (weights, own))
@@ -132,17 +145,24 @@ def load_weights(module, weights, path):
             raise InputError(f"{path}: weights of another network or set of label domains: {key} is "
                              f"{found or 'absent'} there and {wanted or 'absent'} here; use the checkpoint "
                              "of a run with the same architecture and domains")
-    module.load_state_dict(weights)
 
 
-def trained_size(path):
-    """(H, W) that the photos of a run were fitted into, from the config.json beside its checkpoint.
+def trained_size(net, path):
+    """(H, W) that photos are fitted into for a network of `load_model`; None for their own size.
 
-    None for their own size, and where there is no config.json. Raises InputError for one that is no run's.
+    The files of earlier versions do not say it: that is warned about, and the config.json beside one is read
+    instead. Raises InputError for one that is no run's.
     """
+    if net.photos is not None:
+        return net.photos["size"]
     file = Path(path).with_name("config.json")
     if not file.is_file():
+        warnings.warn(f"{path}: does not say the size that photos are fitted into, as an earlier version "
+                      "wrote it, nor does a config.json beside it; photos keep their own size, which the "
+                      "network may not know: give --size HxW", InputWarning, stacklevel=2)
         return None
+    warnings.warn(f"{path}: does not say the size that photos are fitted into, as an earlier version wrote "
+                  f"it; {file} is taken for that of its run", InputWarning, stacklevel=2)
     try:
         size = json.loads(file.read_text())["size"]
         return None if size is None else (int(size[0]), int(size[1]))
@@ -155,10 +175,20 @@ def trained_size(path):
 # Networks ---------------------------------------------------------------------------------------------------
 
 
-def model_content(net, domains):
-    """What model.pt holds: the kept network alone."""
-    return {"format": FORMAT, "arch": net.spec(), "domains": [d.to_dict() for d in domains],
-            "weights": net.state_dict()}
+def model_content(net, domains, size):
+    """What model.pt holds: the kept network alone, its classes and their colours, how photos are prepared.
+
+    size: (H, W) that photos are fitted into, or None for their own size.
+    """
+    return {"format": FORMAT, "arch": net.spec(), "weights": net.state_dict(), **description(domains, size)}
+
+
+def description(domains, size):
+    """What a file of weights says of itself, in plain lists and dicts."""
+    photos = {"size": size and list(size), "fit": "aspect kept, centred", "padding": list(MEAN_COLOUR),
+              "values": "RGB / 255"}
+    return {"domains": [d.to_dict() for d in domains],
+            "colours": {d.name: d.palette().tolist() for d in domains}, "photos": photos}
 
 
 def load_model(path):
@@ -167,10 +197,38 @@ def load_model(path):
     if "optimizer" in content:
         raise InputError(f"{path}: a run to resume, with SST and optimizer; give the model.pt or best.pt "
                          "beside it")
-    domains = domains_of(content, path)
+    domains, weights = domains_of(content, path), content["weights"]
+    check_sizes(content["arch"], weights, path)
+    with torch.device("meta"):  # shapes are compared before anything is allocated
+        compare(from_spec(content["arch"], domains, str(path)), weights, path)
     net = from_spec(content["arch"], domains, str(path))
-    load_weights(net, content["weights"], path)
+    load_weights(net, weights, path)
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {key} holds numbers that are not finite, so that every prediction "
+                             "would be nonsense; use another checkpoint of the run")
+    net.photos = prepared(content["photos"], path) if "photos" in content else None
     return net.eval(), domains
+
+
+def prepared(photos, path):
+    """How photos are prepared, {"size": (H, W) or None, ...}; raises InputError for what is none."""
+    size = photos.get("size", 0) if isinstance(photos, dict) else 0
+    if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2
+                                 and all(isinstance(n, int) and 0 < n <= 2 ** 15 for n in size)):
+        raise InputError(f"{path}: photos are prepared as {photos!r}; expected their size, such as "
+                         '{"size": [512, 512]}')
+    return photos | {"size": size and tuple(size)}
+
+
+def check_sizes(spec, weights, path):
+    """Refuse an architecture that is larger than the weights which it comes with. Raises InputError."""
+    largest = max((max(value.shape, default=1) for value in weights.values()), default=1)
+    numbers = [n for value in spec.values() for n in (value if isinstance(value, list) else [value])
+               if isinstance(n, int)] if isinstance(spec, dict) else []
+    if any(n > max(largest, len(weights)) for n in numbers):
+        raise InputError(f"{path}: its architecture is {spec!r}, but its {len(weights)} weights have at most "
+                         f"{largest} rows; the file was damaged or made up")
 
 
 def from_spec(spec, domains, origin="checkpoint"):

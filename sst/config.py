@@ -392,9 +392,9 @@ def check_scenario(given):
                             "it belongs to --mode dedicated"))
     if not dedicated:
         return
-    if config.cross:
-        raise InputError(f"--cross {config.cross:g}: L_cross joins heads of several domains, and dedicated "
-                         "parsing has one; it belongs to --mode universal")
+    if config.cross and config.association == "mst":
+        raise InputError("--association mst: the frozen source has no attention to the target's classes; "
+                         "dedicated parsing takes words or counts")
     if config.source_checkpoint and (config.source or config.source_epochs or config.source_steps):
         raise InputError(f"--source-checkpoint {config.source_checkpoint}: takes the place of pre-training; "
                          "leave out --source, --source-epochs and --source-steps")

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import description
 from .errors import InputError
 
 
-def export(net, domains, path):
+def export(net, domains, path, size=None):
     """Write a ParsingNet in eval mode to `path`.
 
     Input "image" (N, 3, H, W) float32, RGB in [0, 1]; outputs named after the domains, logits (N, Z, H, W).
-    Class names are in the file's metadata: "classes" is {domain: [name, ...]} as JSON. domains: {name:
-    LabelDomain}. Raises InputError.
+    In the file's metadata, as JSON: "classes" {domain: [name, ...]}, "colours" {domain: [[r, g, b], ...]} and
+    "photos", how they are prepared. domains: {name: LabelDomain}. size: (H, W) that photos are fitted into,
+    or None. Raises InputError.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -51,7 +53,9 @@ def export(net, domains, path):
     for output in program.model.graph.outputs:
         output.shape = type(output.shape)([N, output.shape[1], H, W])
     classes = {name: domain.classes for name, domain in domains.items()}
-    program.model.metadata_props["classes"] = json.dumps(classes)
+    said = {"classes": classes} | description(list(domains.values()), size)
+    kept = ("classes", "colours", "photos")
+    program.model.metadata_props.update({key: json.dumps(said[key]) for key in kept})
     try:
         program.save(path, external_data=False)
     except OSError as error:

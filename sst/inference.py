@@ -125,7 +125,7 @@ class Parser:
     path: a run folder, whose model.pt is read, or a model.pt or best.pt.
     size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
     max_side: the photo's own size instead, shrunk to at most that many pixels on its longer side.
-    With neither, it is the size that a config.json beside the file names, else max_side 1024.
+    With neither, it is the size that the file names; of none, max_side 1024.
     `domains` is {name: LabelDomain}. Raises InputError.
     """
 
@@ -139,7 +139,7 @@ class Parser:
         self.net = net.to(device)
         self.domains = {domain.name: domain for domain in domains}
         if size is None and max_side is None:
-            size = trained_size(path)
+            size = trained_size(net, path)
         self.size = None if size is None else checked_size(size)
         self.max_side = max_side or MAX_SIDE
 

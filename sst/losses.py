@@ -125,7 +125,7 @@ def centred(X):
     return X - X.mean(-2, keepdim=True)
 
 
-def L_cross(A, Y, T):
+def L_cross(A, Y, T, q=None):
     """Cross-domain likelihood of the logits A (B, Z_j, h, w) of head j on images labelled in domain i.
 
     Y (B, h, w) int64: their labels at the size of A, 255 ignored. T (Z_j, Z_i): T[k, y] = P(label y of domain
@@ -133,11 +133,17 @@ def L_cross(A, Y, T):
     j believes, told in the words of domain i, should be its label. That is the forward correction of noisy
     labels (Patrini and others 2017), and NLL+ (Bevandic and others 2022) with a soft map. The mean is Eq.
     1's: small classes weigh no more with --balance, with which it learned less (docs/experiments.md).
+
+    q (B, Z_i, h, w): what another network believes about images that have no label in domain i. A pixel costs
+    the mean over q of what each y would cost, and Y only says what is ignored.
     """
     A = A.to(torch.promote_types(A.dtype, torch.float32)).flatten(2)  # (B, Z_j, n)
     Y = Y.flatten(1)
     weight = (Y != IGNORE).to(A.dtype)  # (B, n)
-    log_T = T.clamp(min=1e-6).log()[:, Y.where(Y != IGNORE, 0)].transpose(0, 1)  # (B, Z_j, n)
-    cost = A.logsumexp(1) - (A + log_T).logsumexp(1)
+    told = (T.clamp(min=1e-6).T @ A.softmax(1)).log()  # (B, Z_i, n): head j in the words of domain i
+    if q is None:
+        cost = -told.gather(1, Y.where(Y != IGNORE, 0)[:, None])[:, 0]
+    else:
+        cost = -(q.flatten(2) * told).sum(1)
     L = (cost * weight).sum(1) / weight.sum(1).clamp(min=1)
     return L.mean() if len(L) else L.sum()

@@ -230,6 +230,7 @@ class ParsingNet(nn.Module):
         if not isinstance(domains, dict):
             domains = {d.name: d.num_classes for d in domains}
         self.arch = ARCHS[arch] if isinstance(arch, str) else arch
+        self.photos = None  # how photos are prepared for it, where it was read from a file
         self.backbone = build_backbone(self.arch)
         c4, *rest = self.backbone.channels
         self.encoder = Encoder(rest, self.arch)

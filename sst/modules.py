@@ -9,14 +9,14 @@ Shapes: B images, D channels, Z classes (background included), l = 1, 2, 3 the s
 Equations come first. What they are computed with stands below them.
 """
 
-from itertools import combinations, permutations
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .domains import IGNORE, word_similarity
-from .losses import L_aux, L_cross, L_dataset, L_img, centred, centred_distance, cosine_distance
+from .losses import L_aux, L_dataset, L_img, centred, centred_distance, cosine_distance
 
 L = 3  # decoder scales
 
@@ -410,61 +410,3 @@ def effective_rank(X):
     values = torch.linalg.svdvals(centred(X.float()))
     share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.special.entr(share).sum(-1).exp().mean()
-
-
-# Not the paper's --------------------------------------------------------------------------------------------
-
-
-class Association(nn.Module):
-    """Which class of one domain is which of another: T_ji (Z_j, Z_i) of every ordered pair, for L_cross.
-
-    how: "words": a softmax of the similarities of the class names.
-         "counts": what head j predicts where domain i has a label, an EM step, with the words as prior.
-         "mst": the softmax of Eq. 8 with the words as prior, learned by gradient through L_cross.
-    N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm (StepStatistics).
-    """
-
-    TEMPERATURE, MOMENTUM, PRIOR = 0.1, 0.98, 0.3
-
-    def __init__(self, domains, how):
-        super().__init__()
-        one_of("association", how, "words", "counts", "mst")
-        self.how = how
-        for j, i in permutations(domains, 2):
-            words = word_similarity(j, i) / self.TEMPERATURE
-            self.register_buffer(f"words:{j.name}:{i.name}", words, persistent=False)
-            if how == "counts":
-                self.register_buffer(f"N:{j.name}:{i.name}", torch.zeros_like(words))
-
-    def T(self, j, i, sst=None):
-        """(Z_j, Z_i), rows summing to 1."""
-        words = getattr(self, f"words:{j}:{i}")
-        if self.how == "mst":
-            return (sst.attention(j, i) + words).softmax(-1)
-        if self.how == "words":
-            return words.softmax(-1)
-        N = getattr(self, f"N:{j}:{i}")
-        T = N + (self.PRIOR * N.sum(-1, keepdim=True) + 1e-6) * words.softmax(-1)
-        return T / T.sum(-1, keepdim=True)
-
-    def statistics(self):
-        """The buffers that a step's micro-batches share."""
-        return [buffer for name, buffer in self.named_buffers() if name.startswith("N:")]
-
-    @torch.no_grad()
-    def count(self, j, i, A, Y):
-        """Add head j's predictions, logits A (B, Z_j, h, w), where the labels of domain i are Y (B, h, w)."""
-        N = getattr(self, f"N:{j}:{i}")
-        p = A.float().softmax(1).permute(0, 2, 3, 1)[Y != IGNORE]  # (n, Z_j)
-        labelled = F.one_hot(Y[Y != IGNORE], N.shape[1]).to(p.dtype)  # (n, Z_i)
-        N.lerp_((p.T @ labelled / max(1, len(p))).to(N.dtype), 1 - self.MOMENTUM)
-
-    def forward(self, A, labels, domain, sst=None):
-        """The sum of L_cross over ordered pairs of domains. A: {name: logits (B, Z, h, w)} of all images."""
-        total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
-        for j, i in permutations(A, 2):
-            rows = rows_of(domain, i)
-            total = total + L_cross(A[j][rows], Y[rows], self.T(j, i, sst))  # 0 without an image
-            if self.training and self.how == "counts" and rows != []:
-                self.count(j, i, A[j][rows], Y[rows])
-        return total

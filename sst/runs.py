@@ -249,7 +249,7 @@ class Progress:
 def save(out, model, domains, optimizer, scaler, at, lists, config, again=False):
     """Everything needed to go on, to last.pt, by the first process. again: the second time after a step."""
     if distributed.first():
-        content = checkpoint.model_content(model.net, domains) | vars(at) | {
+        content = checkpoint.model_content(model.net, domains, config.size) | vars(at) | {
             "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "lists": lists, "config": vars(config)}
         checkpoint.save_last(content, out, again)

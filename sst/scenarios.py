@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .association import Association
 from .checkpoint import domains_of, from_spec, load_imagenet, load_weights
 from .config import names
 from .domains import IGNORE, read_masks
@@ -16,7 +17,7 @@ from .errors import InputError
 from .files import MEAN_COLOUR
 from .losses import L_seg
 from .model import STRIDE, ParsingNet
-from .modules import SST, Association, intra_matrix, named, paired, rows_of, static_matrix
+from .modules import SST, intra_matrix, named, paired, rows_of, static_matrix
 
 
 class Universal(nn.Module):
@@ -27,10 +28,11 @@ class Universal(nn.Module):
         self.net, self.sst, self.balance, self.association = net, sst, balance, association
         self.extract = net.features  # --compile puts its compiled form here: crops have one size, photos many
 
-    def forward(self, images, labels, domain, given=None):
+    def forward(self, images, labels, domain, given=None, source=None):
         """images (B, 3, H, W) uint8, labels (B, H, W) uint8 -> {term: scalar}, {domain: [X_0 .. X_L]}.
 
-        domain: of each image its domain's name, or its position among the network's heads.
+        domain: of each image its domain's name, or its position among the network's heads. given, source:
+        what a frozen source says of the images, its representations and its logits.
         """
         domain = named(domain, list(self.net.heads))
         images, labels = padded(images, labels.long())
@@ -38,7 +40,7 @@ class Universal(nn.Module):
         A, terms, X = {}, {}, {}
         if self.association is not None:
             every = {name: head(H[-1]) for name, head in self.net.heads.items()}
-            terms["cross"] = self.association(every, labels, domain, self.sst)
+            terms["cross"] = self.association(every, labels, domain, self.sst, source)
         for name, head in self.net.heads.items():
             rows = rows_of(domain, name)
             A[name] = head(H[-1][rows])
@@ -58,14 +60,14 @@ class Universal(nn.Module):
 
     @torch.no_grad()
     def represent(self, images, labels):
-        """{domain: (S, X)} of images that are labelled in none of its domains: delta is its heads' argmax.
+        """{domain: (S, X)} and {domain: logits} of images that are labelled in none of its domains.
 
-        labels (B, H, W) int64 of any domain: only what they ignore counts.
+        delta is its heads' argmax. labels (B, H, W) int64 of any domain: only what they ignore counts.
         """
         images, labels = padded(images, labels)
         H = self.features(images)
         A = {name: head(H[-1]) for name, head in self.net.heads.items()}
-        return {name: self.sst.represent(name, H, labels, A[name]) for name in A}
+        return {name: self.sst.represent(name, H, labels, A[name]) for name in A if self.sst is not None}, A
 
 
 class Dedicated(Universal):
@@ -74,8 +76,8 @@ class Dedicated(Universal):
     source: a Universal that never changes.
     """
 
-    def __init__(self, net, sst, source, balance=0.0):
-        super().__init__(net, sst, balance)
+    def __init__(self, net, sst, source, balance=0.0, association=None):
+        super().__init__(net, sst, balance, association)
         self.source = source.requires_grad_(False)
 
     def train(self, mode=True):
@@ -84,7 +86,7 @@ class Dedicated(Universal):
         return self
 
     def forward(self, images, labels, domain):
-        return super().forward(images, labels, domain, given=self.source.represent(images, labels.long()))
+        return super().forward(images, labels, domain, *self.source.represent(images, labels.long()))
 
 
 def padded(images, labels):
@@ -185,16 +187,19 @@ def build_dedicated(config, domains, origin, net):
     weights = {key: value for key, value in origin["weights"].items() if key.startswith("net.")}
     net.load_state_dict({key: weights.get(f"net.{key}", value) for key, value in net.state_dict().items()})
     sst = build_sst(config, domains, net.arch.dim, sources)
-    # nothing to be consistent with: plain fine-tuning, with or without L_aux
-    if sst is None or not sst.pairs:
+    transfers = sst is not None and len(sst.pairs) > 0
+    if not transfers and not config.cross:  # plain fine-tuning, with or without L_aux
         return Universal(net, sst, config.balance)
-    modules = ("sst.msa.", "sst.mse.")
-    weights |= {key: value for key, value in origin["weights"].items() if key.startswith(modules)}
-    if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
-        raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam {config.lam:g} "
-                         "needs; give the folder of a run that has them, or --lam 0")
-    intra = {s.name: weights[f"sst.mse.{s.name}.M_intra"] for s in sources}
-    frozen = SST(sources, net.arch.dim, scr="none", intra=intra)
+    frozen = None
+    if transfers:
+        modules = ("sst.msa.", "sst.mse.")
+        weights |= {key: value for key, value in origin["weights"].items() if key.startswith(modules)}
+        if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
+            raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam "
+                             f"{config.lam:g} needs; give the folder of a run that has them, or --lam 0")
+        intra = {s.name: weights[f"sst.mse.{s.name}.M_intra"] for s in sources}
+        frozen = SST(sources, net.arch.dim, scr="none", intra=intra)
     source = Universal(from_spec(origin["arch"], sources, path), frozen)
     load_weights(source, weights, path)
-    return Dedicated(net, sst, source, config.balance)
+    association = Association(domains, config.association, sources) if config.cross else None
+    return Dedicated(net, sst, source, config.balance, association)

@@ -8,11 +8,11 @@ import torch
 from test_train import BASE, DOMAINS, SHORT, batches, lines, run
 
 from sst import checkpoint, runs, scenarios
+from sst.association import Association, one_hot
 from sst.distributed import StepStatistics
 from sst.domains import LabelDomain
 from sst.errors import InputError
 from sst.losses import L_cross, L_u
-from sst.modules import Association
 
 COARSE = LabelDomain("coarse", ("background", "head"))
 FINE = LabelDomain("fine", ("background", "hat", "face"))
@@ -54,7 +54,9 @@ def test_an_association_counts_what_a_head_says_where_another_domain_has_a_label
     association = Association([COARSE, FINE], "counts")
     # Two labelled pixels of `fine`: a hat, which head `coarse` calls head with 1, and background, called head
     # with 1/2.
-    association.count("coarse", "fine", logits([1e-9, 1], [0.5, 0.5]), torch.tensor([[[1, 0]]]))
+    p, Y = logits([1e-9, 1], [0.5, 0.5]).softmax(1), torch.tensor([[[1, 0]]])
+    association.count("coarse", "fine", p, one_hot(Y, 3), Y)
+    assert not association.eval().count("coarse", "fine", p, one_hot(Y, 3), Y), "not while it is evaluated"
     N = getattr(association, "N:coarse:fine")
     torch.testing.assert_close(N, 0.02 * torch.tensor([[0.25, 0, 0], [0.25, 0.5, 0]]), atol=1e-6, rtol=1e-4)
     T = association.T("coarse", "fine")
@@ -153,12 +155,51 @@ def test_the_preset_paper_has_none_of_it_and_mst_needs_its_attention():
         scenarios.build(BASE | {"cross": 1.0, "association": "mst", "lam": 0}, DOMAINS)
 
 
-def test_one_domain_has_no_l_cross_and_dedicated_parsing_refuses_it(tmp_path, monkeypatch):
+def test_one_domain_has_no_l_cross(tmp_path, monkeypatch):
     flags = [*SHORT, "--cross", 1, "--steps", 1, "--validations", 0, "--preset", "small"]
     run(monkeypatch, *flags, "--data", "pascal=figures", "--out", tmp_path / "run")
     assert "cross" not in lines(tmp_path / "run")[0]["loss"]
-    with pytest.raises(InputError, match="--cross 1: L_cross joins heads of several domains"):
-        runs.configure(["--mode", "dedicated", "--cross", "1"])
+
+
+# In dedicated parsing a frozen source says what it sees ------------------------------------------------------
+
+
+def test_a_belief_costs_the_mean_of_what_its_labels_cost():
+    T = torch.tensor([[1.0, 0, 0], [0, 0.25, 0.75]])
+    A, Y = logits([0.25, 0.75], [0.5, 0.5]), torch.tensor([[[0, 255]]])  # the second pixel is ignored
+    q = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1).expand(1, 3, 1, 2)
+    each = [L_cross(A, torch.tensor([[[label, 255]]]), T).item() for label in range(3)]
+    assert L_cross(A, Y, T, q).item() == pytest.approx(0.5 * each[0] + 0.3 * each[1] + 0.2 * each[2])
+
+
+def test_a_frozen_source_is_counted_where_the_target_has_labels():
+    association = Association([COARSE], "counts", sources=[FINE])
+    assert association.pairs == [("coarse", "fine")]
+    # The target's labels: head, background, and a pixel that is ignored. The source: surely a hat; background
+    # or face with 1/2 each; anything.
+    source = {"fine": logits([1e-9, 1, 1e-9], [0.5, 1e-9, 0.5], [1, 1, 1])}
+    A, Y = {"coarse": logits([0.5, 0.5], [0.5, 0.5], [0.5, 0.5])}, torch.tensor([[[1, 0, 255]]])
+    loss = association(A, Y, ["coarse"], source=source)
+    T = Association([COARSE], "words", sources=[FINE]).T("coarse", "fine")  # nothing was counted before
+    assert loss.item() == pytest.approx(L_cross(A["coarse"], Y, T, source["fine"].softmax(1)).item())
+    expected = 0.02 * torch.tensor([[0.25, 0, 0.25], [0, 0.5, 0]])
+    torch.testing.assert_close(getattr(association, "N:coarse:fine"), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [["--beta", 0, "--lam", 0], ["--sst", "published", "--cross", 1]], ids=str)
+def test_dedicated_parsing_with_l_cross(flags, tmp_path, monkeypatch):
+    short = [*SHORT, "--validations", 0, "--mode", "dedicated", "--source-steps", 1, "--steps", 2]
+    run(monkeypatch, *short, "--cross", 1, *flags, "--out", tmp_path / "run")
+    first, second = lines(tmp_path / "run")
+    assert first["loss"]["cross"] > 0
+    weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["weights"]
+    assert (weights["association.N:pascal:cihp"] > 0).any()
+    run(monkeypatch, *short, "--beta", 0, "--lam", 0, "--out", tmp_path / "plain")
+    kept, plain = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
+                   for name in ("run", "plain"))
+    assert kept.keys() == plain.keys() and "cross" not in lines(tmp_path / "plain")[0]["loss"]
+    with pytest.raises(InputError, match="--association mst: the frozen source has no attention"):
+        runs.configure(["--mode", "dedicated", "--cross", "1", "--association", "mst"])
 
 
 def test_a_run_starts_from_one_with_associations(tmp_path, monkeypatch, capsys):

@@ -248,7 +248,7 @@ def test_frozen_stages_need_imagenet_s_weights():
 def test_the_preset_lite():
     lite, small = runs.configure(["--preset", "lite", "--data", "pascal=x"]), config.preset("small")
     wanted = dict(preset="lite", arch="lite", backbone_weights="auto", freeze_stages=2, optimizer="adamw",
-                  lr=0.003, backbone_lr_scale=0.3, sst_lr_scale=0.1, decay="linear", drop_at=0.6, balance=0,
+                  lr=0.003, backbone_lr_scale=0.3, sst_lr_scale=0.1, decay="linear", drop_at=0.6, balance=0.25,
                   batch_size=9, size=(160, 96), crop=(160, 96), scale=(0.75, 1.5), resize="common",
                   slots="equal", epochs=17, steps=None, validations=5)
     assert {key: getattr(lite, key) for key in wanted} == wanted
@@ -273,7 +273,7 @@ def test_a_run_of_an_earlier_version_has_no_frozen_stages():
 def test_checkpoints_of_versions_with_one_backbone_load_unchanged(tmp_path):
     tiny = Arch(blocks=(1, 1, 1, 1), width=8, dim=32, heads=2, layers=1, ffn=32, window=4)
     net = ParsingNet(DOMAINS, tiny).eval()
-    content = checkpoint.model_content(net, DOMAINS)
+    content = checkpoint.model_content(net, DOMAINS, None)
     assert content["arch"].pop("backbone") == "resnet"
     checkpoint.save(content, tmp_path / "model.pt")
     again, _ = checkpoint.load_model(tmp_path / "model.pt")

@@ -18,7 +18,7 @@ from figures import Figures
 from sst import checkpoint
 from sst.distributed import Place
 from sst.domains import LabelDomain, builtin_domain, read_class_map
-from sst.errors import InputError
+from sst.errors import InputError, InputWarning
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.model import Arch, ParsingNet
@@ -154,13 +154,13 @@ def test_absent_classes_are_null_and_named(net, tmp_path, capsys):
 
 
 def test_the_size_is_the_runs_or_the_flags(net, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"size": [6, 8]}')
+    net.photos = {"size": (6, 8)}
     flags = [tmp_path, "--data", f"limbs={tmp_path / 'limbs.json'}"]
     run(*flags)
     run(*flags, "--size", "4x4", "--scales", "0.5", "1")
     assert net.sizes == [(6, 8), (6, 8), (2, 2), (4, 4), (2, 2), (4, 4)]
     printed = capsys.readouterr().out
-    assert "fitted into 6x8 (as in training, by config.json)\n" in printed
+    assert "fitted into 6x8 (as in training)\n" in printed
     assert "fitted into 4x4 (--size), times 0.5, 1; mean of logits\n" in printed
 
 
@@ -187,8 +187,7 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     domains = [builtin_domain(name) for name in ("atr", "pascal")]
     torch.manual_seed(0)
     net = ParsingNet(domains, TINY).eval()
-    checkpoint.save(checkpoint.model_content(net, domains), tmp_path / "model.pt")
-    (tmp_path / "config.json").write_text('{"size": [64, 64]}')
+    checkpoint.save(checkpoint.model_content(net, domains, (64, 64)), tmp_path / "model.pt")
     run(tmp_path, "--json")
     result = json.loads(capsys.readouterr().out)
     figures = [Figures(d, 2 ** 31, 80, (64, 64)) for d in domains]
@@ -209,7 +208,8 @@ def test_two_processes_score_as_one(tmp_path, capsys):
             Image.fromarray(pixels).save(tmp_path / place / f"{i}.png")
     (tmp_path / "list" / "val_id.txt").write_text("0\n1\n2\n3\n4\n")
     torch.manual_seed(0)
-    checkpoint.save(checkpoint.model_content(ParsingNet([domain], TINY), [domain]), tmp_path / "model.pt")
+    net = ParsingNet([domain], TINY)
+    checkpoint.save(checkpoint.model_content(net, [domain], None), tmp_path / "model.pt")
     flags = [str(tmp_path / "model.pt"), "--data", f"pascal={tmp_path}", "--scales", "1", "1.5", "--flip",
              "--json"]
     evaluate.main(flags)
@@ -322,18 +322,22 @@ def test_the_picture_shows_percentages_of_each_true_class(tmp_path, monkeypatch)
 
 def test_checkpoints_and_settings_that_cannot_be_used(tmp_path):
     net = ParsingNet([LIMBS], TINY)
-    checkpoint.save(checkpoint.model_content(net, [LIMBS]) | {"optimizer": {}}, tmp_path / "last.pt")
+    checkpoint.save(checkpoint.model_content(net, [LIMBS], None) | {"optimizer": {}}, tmp_path / "last.pt")
     message = "last.pt: a run to resume, with SST and optimizer; give the model.pt or best.pt beside it"
     with pytest.raises(InputError, match=message):
         run(tmp_path / "last.pt")
     with pytest.raises(InputError, match="model.pt: no such file"):
         run(tmp_path)
-    checkpoint.save(checkpoint.model_content(net, [LIMBS]), tmp_path / "best.pt")
+    old = checkpoint.model_content(net, [LIMBS], None)
+    del old["photos"]
+    checkpoint.save(old, tmp_path / "best.pt")
     for text in ('{"size": 7}', "{", "{}"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(InputError, match="config.json: not the settings of a run"):
+        with (pytest.raises(InputError, match="config.json: not the settings of a run"),
+              pytest.warns(InputWarning, match="as an earlier version wrote it; .*config.json is taken")):
             run(tmp_path / "best.pt")
-    assert checkpoint.trained_size(tmp_path / "elsewhere" / "best.pt") is None
+    with pytest.warns(InputWarning, match="best.pt: does not say the size .* nor does a config.json beside"):
+        assert checkpoint.trained_size(net, tmp_path / "elsewhere" / "best.pt") is None
 
 
 def test_the_sentence_is_all_that_a_user_sees(tmp_path):

@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
             elif tensor.is_floating_point() and name not in ("mean", "std"):
                 tensor.add_(0.1 * torch.randn_like(tensor))
     folder = tmp_path_factory.mktemp("exported")
-    save(model_content(net, DOMAINS), folder / "model.pt")
+    save(model_content(net, DOMAINS, (64, 48)), folder / "model.pt")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["predict.py", str(folder), "--export", str(folder / "parser.onnx")])
         predict.main()
@@ -59,8 +59,9 @@ def test_the_graph_holds_standard_operators_and_no_loops(exported):
     assert {"GridSample", "Conv", "Softmax"} <= operators
     assert shapes(model.graph.input) == [("image", ["N", 3, "H", "W"])]
     assert shapes(model.graph.output) == [("pascal", ["N", 7, "H", "W"]), ("ccp-fine", ["N", 27, "H", "W"])]
-    classes = json.loads({p.key: p.value for p in model.metadata_props}["classes"])
-    assert classes == {domain.name: list(domain.classes) for domain in DOMAINS}
+    said = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert said["classes"] == {domain.name: list(domain.classes) for domain in DOMAINS}
+    assert said["colours"]["pascal"] == DOMAINS[0].palette().tolist() and said["photos"]["size"] == [64, 48]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class Stub(nn.Module):
 
     def __init__(self, see=nn.Identity(), heads=("limbs",)):
         super().__init__()
-        self.see, self.sizes = see, []
+        self.see, self.sizes, self.photos = see, [], {"size": None}
         self.heads = nn.ModuleDict({name: nn.Conv2d(3, 3, 1, bias=False) for name in heads})
         for head in self.heads.values():
             nn.init.eye_(head.weight.data[:, :, 0, 0])

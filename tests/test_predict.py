@@ -15,7 +15,7 @@ import predict
 import sst
 from sst.checkpoint import model_content, save
 from sst.domains import LabelDomain, builtin_domain
-from sst.errors import InputError
+from sst.errors import InputError, InputWarning
 from sst.export import export
 from sst.files import pixels
 from sst.inference import label_map, photo_logits
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     for head in net.heads.values():
         torch.nn.init.normal_(head.weight)
     path = tmp_path_factory.mktemp("model") / "model.pt"
-    save(model_content(net, DOMAINS), path)
+    save(model_content(net, DOMAINS, None), path)
     return path
 
 
@@ -138,25 +138,38 @@ def test_what_is_no_photo_is_refused(model, image, message):
 
 
 def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
-    (tmp_path / "model.pt").write_bytes(model.read_bytes())
-    assert sst.load(tmp_path).size is None and sst.load(tmp_path).max_side == 1024
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"size": [96, 64], "crop": [32, 32]}))
+    content = torch.load(model, weights_only=True)
+    save(content | {"photos": content["photos"] | {"size": [96, 64]}}, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"size": [1, 2]}')  # of another run
     assert sst.load(tmp_path).size == sst.load(tmp_path / "model.pt").size == (96, 64)
     assert sst.load(tmp_path, size=(32, 48)).size == (32, 48)
     parser = sst.load(tmp_path, max_side=50)
     assert parser.size is None and parser.max_side == 50
-    config.write_text('{"size": null}')
-    assert sst.load(tmp_path).size is None
-    for text in ('{"size": 96}', "{", "[]"):
-        config.write_text(text)
-        with pytest.raises(InputError, match="config.json: not the settings of a run"):
-            sst.load(tmp_path)
-        assert sst.load(tmp_path, max_side=50).size is None, "a size that is given makes the file needless"
+    save(content, tmp_path / "model.pt")
+    assert sst.load(tmp_path).size is None and sst.load(tmp_path).max_side == 1024
     with pytest.raises(InputError, match="give one of them"):
         sst.load(model, size=(32, 32), max_side=50)
     with pytest.raises(InputError, match=r"size is 512; it must be"):
         sst.load(model, size=512)
+
+
+def test_a_file_of_an_earlier_version_has_the_size_in_the_config_json_beside_it(model, tmp_path):
+    old = torch.load(model, weights_only=True)
+    del old["photos"], old["colours"]
+    save(old, tmp_path / "model.pt")
+    with pytest.warns(InputWarning, match="nor does a config.json beside it; photos keep their own size"):
+        assert sst.load(tmp_path).size is None
+    config = tmp_path / "config.json"
+    for text, size in ((json.dumps({"size": [96, 64], "crop": [32, 32]}), (96, 64)), ('{"size": null}', None)):
+        config.write_text(text)
+        with pytest.warns(InputWarning, match="model.pt: does not say the size .*; .*config.json is taken"):
+            assert sst.load(tmp_path).size == size
+    for text in ('{"size": 96}', "{", "[]"):
+        config.write_text(text)
+        with (pytest.raises(InputError, match="config.json: not the settings of a run"),
+              pytest.warns(InputWarning)):
+            sst.load(tmp_path)
+        assert sst.load(tmp_path, max_side=50).size is None, "a size that is given makes the file needless"
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -120,7 +120,7 @@ def test_the_target_starts_as_a_copy_and_every_source_is_bridged_to_it(target_on
     labels = torch.randint(7, (2, 64, 64), dtype=torch.uint8)
     labels[0, :32], labels[1] = 255, 255
     # The source's regions are its own heads' argmax, but where the target's labels are ignored.
-    given = model.source.represent(images, labels.long())
+    given, _ = model.source.represent(images, labels.long())
     S, X = given["cihp"]
     assert S.shape == (3, 2, 20, 64) and X[0].shape == (20, 64) and X[3].shape == (2, 20, 64)
     assert S[:, 0].any() and not S[:, 1].any(), "an image of ignored pixels has no region"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,8 @@ def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys
     assert first["time"]["seconds"] > 0 and all(0 <= v <= 100 for v in val["miou"].values())
 
     content = torch.load(out / "model.pt", weights_only=True)
-    assert set(content) == {"format", "arch", "domains", "weights"} and content["format"] == 1
+    assert set(content) == {"format", "arch", "domains", "weights", "colours", "photos"}
+    assert content["format"] == 1 and content["photos"]["size"] == [64, 64]
     assert not [key for key in content["weights"] if "msa" in key or "mse" in key or "mst" in key]
     net, domains = checkpoint.load_model(out / "model.pt")
     assert [d.name for d in domains] == ["pascal", "atr", "cihp"] and not net.training
@@ -353,7 +355,7 @@ def test_presets_and_overrides():
 def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
     model = scenarios.build(BASE, DOMAINS)
     path = tmp_path / "model.pt"
-    good = checkpoint.model_content(model.net, DOMAINS)
+    good = checkpoint.model_content(model.net, DOMAINS, (64, 48))
 
     def refused(content, message):
         checkpoint.save(content, path)
@@ -367,6 +369,13 @@ def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
     refused(good | {"arch": good["arch"] | {"dim": 64}}, "encoder.level is (3, 32) there and (3, 64) here")
     refused(good | {"arch": good["arch"] | {"dim": "wide"}}, "cannot be built (")
     refused(good | {"arch": {"dim": 64}}, "its architecture is")
+    weights = good["weights"]
+    for key, value in (("heads.atr.bias", float("nan")), ("backbone.stem.0.weight", float("inf"))):
+        key = key if key in weights else next(iter(weights))
+        refused(good | {"weights": weights | {key: torch.full_like(weights[key], value)}},
+                f"{key} holds numbers that are not finite")
+    for photos in ({"size": [64]}, {"size": "64x64"}, {"size": [64, 0]}, {"size": [64, 10 ** 9]}, [64, 64]):
+        refused(good | {"photos": photos}, "expected their size, such as")
     refused(good | {"format": 2}, "format 2; this version reads format 1")
     refused({"weights": {}}, "lacks arch, domains, format")
     refused([1, 2], "lacks arch, domains, format, weights")
@@ -375,6 +384,25 @@ def test_a_checkpoint_of_another_kind_architecture_or_domain_set(tmp_path):
         checkpoint.load_model(path)
     with pytest.raises(InputError, match="no such file"):
         checkpoint.load_model(tmp_path / "none.pt")
+
+
+def test_made_up_sizes_and_packed_gigabytes_are_refused_before_memory_is_taken(tmp_path):
+    model = scenarios.build(BASE, DOMAINS)
+    path, good = tmp_path / "model.pt", checkpoint.model_content(model.net, DOMAINS, None)
+    for change in ({"dim": 100_000}, {"layers": 1_000_000}, {"blocks": [1, 1, 10 ** 6, 1]}, {"ffn": 10 ** 9}):
+        checkpoint.save(good | {"arch": good["arch"] | change}, path)
+        with pytest.raises(InputError, match="the file was damaged or made up"):
+            checkpoint.load_model(path)
+    checkpoint.save(good, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    largest = max(members, key=lambda name: len(members[name]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, bytes(2 ** 26) if name == largest else content)
+    assert path.stat().st_size < 2 ** 24
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        checkpoint.load_model(path)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):

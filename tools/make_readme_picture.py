@@ -104,7 +104,7 @@ def draw(run, path):
     dropped = sum(w.numel() for name, w in trained.items()
                   if name.startswith("sst.") and not name.endswith(("M_intra", "M_static")))
     photo = figure(2 ** 31, 398, (480, 480)).image
-    logits = photo_logits(net, photo, checkpoint.trained_size(run / "model.pt"))
+    logits = photo_logits(net, photo, checkpoint.trained_size(net, run / "model.pt"))
     labels = {name: A.argmax(0).numpy() for name, A in logits.items()}
 
     width, height = 16, 8.3

@@ -1,0 +1,92 @@
+"""Which class of one label domain is which of another, found while a network is trained. Not the paper's.
+
+L_cross (sst/losses.py) lets the pixels of one domain teach the head of another through a table T of
+associations. Here is where the table comes from, and which heads meet which labels.
+"""
+
+from itertools import permutations, product
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .domains import IGNORE, word_similarity
+from .losses import L_cross
+from .modules import one_of, regions_of, rows_of
+
+
+class Association(nn.Module):
+    """Which class of one domain is which of another: T_ji (Z_j, Z_i) of every ordered pair, for L_cross.
+
+    how: "words": a softmax of the similarities of the class names.
+         "counts": what head j predicts where domain i has a label, an EM step, with the words as prior.
+         "mst": the softmax of Eq. 8 with the words as prior, learned by gradient through L_cross.
+    N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm (StepStatistics).
+
+    sources: LabelDomains of a frozen network (dedicated parsing). Pairs are then each of `domains`, as j,
+    with each of them, as i; what is counted is what the frozen heads say where `domains` have labels.
+    """
+
+    TEMPERATURE, MOMENTUM, PRIOR = 0.1, 0.98, 0.3
+
+    def __init__(self, domains, how, sources=()):
+        super().__init__()
+        one_of("association", how, "words", "counts", "mst")
+        self.how = how
+        pairs = product(domains, sources) if sources else permutations(domains, 2)
+        self.pairs = []
+        for j, i in pairs:
+            self.pairs.append((j.name, i.name))
+            words = word_similarity(j, i) / self.TEMPERATURE
+            self.register_buffer(f"words:{j.name}:{i.name}", words, persistent=False)
+            if how == "counts":
+                self.register_buffer(f"N:{j.name}:{i.name}", torch.zeros_like(words))
+
+    def T(self, j, i, sst=None):
+        """(Z_j, Z_i), rows summing to 1."""
+        words = getattr(self, f"words:{j}:{i}")
+        if self.how == "mst":
+            return (sst.attention(j, i) + words).softmax(-1)
+        if self.how == "words":
+            return words.softmax(-1)
+        N = getattr(self, f"N:{j}:{i}")
+        T = N + (self.PRIOR * N.sum(-1, keepdim=True) + 1e-6) * words.softmax(-1)
+        return T / T.sum(-1, keepdim=True)
+
+    def statistics(self):
+        """The buffers that a step's micro-batches share."""
+        return [buffer for name, buffer in self.named_buffers() if name.startswith("N:")]
+
+    @torch.no_grad()
+    def count(self, j, i, p_j, p_i, Y):
+        """Add what is said of the same pixels in both domains, p_j (B, Z_j, h, w) and p_i (B, Z_i, h, w).
+
+        Y (B, h, w): 255 where nothing is counted.
+        """
+        if self.training and self.how == "counts" and len(Y):
+            N = getattr(self, f"N:{j}:{i}")
+            p_j, p_i = (p.float().permute(0, 2, 3, 1)[Y != IGNORE] for p in (p_j, p_i))  # (n, Z)
+            N.lerp_((p_j.T @ p_i / max(1, len(p_j))).to(N.dtype), 1 - self.MOMENTUM)
+
+    def forward(self, A, labels, domain, sst=None, source=None):
+        """The sum of L_cross over the pairs. A: {name: logits (B, Z, h, w)} of all images.
+
+        source: {name: logits} of the same images by frozen heads (dedicated parsing).
+        """
+        total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
+        for j, i in self.pairs:
+            if source:  # the images are labelled in j, and q is what the frozen head i says
+                q = source[i].float().softmax(1)
+                total = total + L_cross(A[j], Y, self.T(j, i), q)
+                self.count(j, i, one_hot(Y, A[j].shape[1]), q, Y)
+            else:  # those of domain i
+                rows = rows_of(domain, i)
+                A_j, Y_i = A[j][rows], Y[rows]
+                total = total + L_cross(A_j, Y_i, self.T(j, i, sst))  # 0 without an image
+                self.count(j, i, A_j.softmax(1), one_hot(Y_i, A[i].shape[1]), Y_i)
+        return total
+
+
+def one_hot(Y, Z):
+    """Labels (B, h, w) -> (B, Z, h, w): 1 at the label; where it is ignored, at class 0."""
+    return F.one_hot(Y.where(Y != IGNORE, 0), Z).permute(0, 3, 1, 2)
