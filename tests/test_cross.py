@@ -161,7 +161,7 @@ def test_one_domain_has_no_l_cross(tmp_path, monkeypatch):
     assert "cross" not in lines(tmp_path / "run")[0]["loss"]
 
 
-# In dedicated parsing a frozen source says what it sees ------------------------------------------------------
+# In dedicated parsing a frozen source says what it sees
 
 
 def test_a_belief_costs_the_mean_of_what_its_labels_cost():

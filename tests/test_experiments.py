@@ -87,7 +87,8 @@ def test_a_cell_that_fails_is_named_and_nothing_is_kept(cells, capsys, monkeypat
 @pytest.mark.parametrize("bed, variant", [
     (bed, variant) for bed in experiments.BEDS for variant in experiments.variants_of(bed)])
 def test_every_cell_is_a_run_of_train(bed, variant, monkeypatch):
-    monkeypatch.setattr(runs, "before", lambda given: preset("lite") if "source_checkpoint" in given else None)
+    source = {"source_checkpoint": preset("lite")}
+    monkeypatch.setattr(runs, "before", lambda given: source.get(next(iter(source.keys() & given), None)))
     config = runs.configure(experiments.flags_of(bed, f"{variant} lr=0.006", 3))
     assert (config.preset, config.seed, config.lr) == ("lite", 3, 0.006) and config.steps
 

@@ -160,8 +160,8 @@ def test_a_file_of_an_earlier_version_has_the_size_in_the_config_json_beside_it(
     with pytest.warns(InputWarning, match="nor does a config.json beside it; photos keep their own size"):
         assert sst.load(tmp_path).size is None
     config = tmp_path / "config.json"
-    for text, size in ((json.dumps({"size": [96, 64], "crop": [32, 32]}), (96, 64)), ('{"size": null}', None)):
-        config.write_text(text)
+    for size in ((96, 64), None):
+        config.write_text(json.dumps({"size": size, "crop": [32, 32]}))
         with pytest.warns(InputWarning, match="model.pt: does not say the size .*; .*config.json is taken"):
             assert sst.load(tmp_path).size == size
     for text in ('{"size": 96}', "{", "[]"):
