@@ -1,7 +1,7 @@
 """Scalable Semantic Transfer (SST) for human parsing over multiple label domains."""
 
 
-def load(path, size=None, max_side=None):
+def load(path, size=None, max_side=None, device=None, half=False):
     """A trained parser, `parser(image)` -> {domain: (h, w) uint8 label map}; see sst.inference.Parser."""
     from .inference import Parser  # here, so that importing a part of the library does not import the rest
-    return Parser(path, size, max_side)
+    return Parser(path, size, max_side, device, half)

@@ -4,7 +4,8 @@ Every photo goes one way: onto the network's canvas, through the network, and fr
 
     import sst
     parser = sst.load("model.pt")
-    masks = parser("photo.jpg")
+    masks = parser("photo.jpg")                              # {domain: (h, w) class ids}
+    skirt = parser.mask(masks, "cihp: dress, skirt")         # (h, w) bool
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from . import expression
 from .checkpoint import load_model, trained_size
 from .errors import InputError
 from .files import fit, pixels
@@ -23,27 +25,36 @@ MAX_SIDE = 1024  # published datasets' photos have about 500 pixels a side, and 
 STRIP = 2 ** 20  # logits held at the photo's own size at a time
 
 
-@torch.no_grad()
-def canvas_logits(net, image, size=None, domains=None, scale=1.0):
-    """image (h, w, 3) uint8 RGB -> {domain: logits (Z, height, width) float32} of the photo on the canvas.
+def on_canvas(image, size=None, scale=1.0):
+    """image (h, w, 3) uint8 RGB -> the canvas that the network sees, (H, W, 3), and the photo's box on it.
 
     size: (H, W) of the canvas that the photo is fitted into, or None for the photo's own size. scale: factor
-    on that size. domains: names; None for all. What is padding on the canvas is left out.
+    on that size.
     """
     H, W = (max(1, round(scale * n)) for n in size or image.shape[:2])
     if size is None:  # both sides are scaled, each to a whole number of pixels, and nothing is padded
-        canvas, box = np.array(Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)), (0, 0, H, W)
-    else:
-        canvas, _, box = fit(image, (H, W))
+        return np.array(Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)), (0, 0, H, W)
+    canvas, _, box = fit(image, (H, W))
+    return canvas, box
+
+
+@torch.no_grad()
+def canvas_logits(net, canvases, boxes, domains=None):
+    """Canvases of one size, and the photo's box on each -> [{domain: logits (Z, height, width) float32}].
+
+    domains: names; None for all. What is padding on a canvas is left out.
+    """
     device = next(net.parameters()).device
-    x = torch.from_numpy(canvas).to(device).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-    top, left, height, width = box
-    return {name: A[0, :, top:top + height, left:left + width].float() for name, A in net(x, domains).items()}
+    x = torch.from_numpy(np.stack(canvases)).to(device).permute(0, 3, 1, 2).float() / 255  # (n, 3, H, W)
+    logits = net(x, domains)
+    return [{name: A[k, :, top:top + height, left:left + width].float() for name, A in logits.items()}
+            for k, (top, left, height, width) in enumerate(boxes)]
 
 
 def photo_logits(net, image, size=None, domains=None, scale=1.0):
-    """`canvas_logits` brought to the photo's own size: {domain: (Z, h, w) float32}."""
-    logits = canvas_logits(net, image, size, domains, scale)
+    """image (h, w, 3) uint8 RGB -> {domain: logits (Z, h, w) float32} at its own size, one canvas a photo."""
+    canvas, box = on_canvas(image, size, scale)
+    (logits,) = canvas_logits(net, [canvas], [box], domains)
     return {name: resized(A, image.shape[:2]) for name, A in logits.items()}
 
 
@@ -58,7 +69,7 @@ def averaged_logits(net, image, size=None, domains=None, scales=(1.0,), flips=No
 
     scales: factors on the network's input size. flips: {domain: its flip_index()}, and the mirrored photo is
     a view too, at every scale; None for no mirror. average: "logits" or "probabilities". size, domains: as in
-    `canvas_logits`. Every view is brought to the photo's own size and added to one sum, so memory does not
+    `photo_logits`. Every view is brought to the photo's own size and added to one sum, so memory does not
     grow with their number.
     """
     sums = {}
@@ -123,37 +134,102 @@ class Parser:
     """A trained human parser: a photo in, a label map of each of its label domains out.
 
     path: a run folder, whose model.pt is read, or a model.pt or best.pt.
+    device: "cpu", "cuda", ...; by default a GPU where there is one. half: compute in half precision, on a
+    GPU.
     size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
     max_side: the photo's own size instead, shrunk to at most that many pixels on its longer side.
     With neither, it is the size that the file names; of none, max_side 1024.
     `domains` is {name: LabelDomain}. Raises InputError.
     """
 
-    def __init__(self, path, size=None, max_side=None):
+    def __init__(self, path, size=None, max_side=None, device=None, half=False):
         if size is not None and max_side is not None:
             raise InputError(f"size {size} and max_side {max_side}: give one of them")
         path = Path(path)
         path = path / "model.pt" if path.is_dir() else path
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         net, domains = load_model(path)
-        self.net = net.to(device)
+        self.device, self.half = usable(device, half), half
+        self.net = net.to(self.device, memory_format=torch.channels_last)
         self.domains = {domain.name: domain for domain in domains}
         if size is None and max_side is None:
             size = trained_size(net, path)
         self.size = None if size is None else checked_size(size)
         self.max_side = max_side or MAX_SIDE
 
-    def __call__(self, image):
+    def __call__(self, images, domains=None, probabilities=False, batch_size=8):
         """A path, a PIL image or an array (h, w, 3) uint8 RGB -> {domain: (h, w) uint8 class ids}.
 
-        The label maps have the photo's own size. The EXIF rotation of a file or PIL image is carried out:
-        photo and label maps are upright, as viewers show the photo. Raises InputError for what is no photo.
+        Of a list of them a list. Those that the network sees at one size it sees together, up to batch_size
+        of them. domains: names, for some only. probabilities: (Z, h, w) float32 instead, of every class.
+        What is returned has the photo's own size. The EXIF rotation of a file or PIL image is carried out:
+        photo and label maps are upright, as viewers show the photo. Raises InputError for what is no photo
+        and for a domain that there is not.
         """
-        image = pixels(image)
-        h, w = image.shape[:2]
-        scale = min(1, self.max_side / max(h, w))
-        size = self.size or (max(1, round(h * scale)), max(1, round(w * scale)))
-        return {name: label_map(A, h, w) for name, A in canvas_logits(self.net, image, size).items()}
+        for name in domains or ():
+            if name not in self.domains:
+                raise InputError(f"domains: '{name}' is none of {', '.join(self.domains)}")
+        if not isinstance(images, (list, tuple)):
+            return self([images], domains, probabilities, batch_size)[0]
+        results = [None] * len(images)
+        waiting = {}  # {size of the canvas: [(place, photo's size, canvas, box), ...]}
+        for place, image in enumerate(images):
+            image = pixels(image)
+            canvas, box = on_canvas(image, self.size or self.shrunk(image))
+            alike = waiting.setdefault(canvas.shape, [])
+            alike.append((place, image.shape[:2], canvas, box))
+            if len(alike) == batch_size:
+                self.parse(waiting.pop(canvas.shape), domains, probabilities, results)
+        for alike in waiting.values():
+            self.parse(alike, domains, probabilities, results)
+        return results
+
+    def shrunk(self, image):
+        """The size (H, W) of a photo of at most max_side pixels."""
+        scale = min(1, self.max_side / max(image.shape[:2]))
+        return tuple(max(1, round(scale * n)) for n in image.shape[:2])
+
+    def parse(self, alike, domains, probabilities, results):
+        """Put the label maps, or probabilities, of photos whose canvases have one size in their places."""
+        places, sizes, canvases, boxes = zip(*alike)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+            logits = canvas_logits(self.net, canvases, boxes, domains)
+        for place, (h, w), each in zip(places, sizes, logits):
+            results[place] = {
+                name: resized(A, (h, w)).softmax(0).cpu().numpy() if probabilities else label_map(A, h, w)
+                for name, A in each.items()}
+
+    def mask(self, image, text):
+        """The pixels that an expression means, (h, w) bool: "ccp-fine: dress, skirt".
+
+        image: a photo as in a call, or the label maps of one. The expressions: see sst/expression.py. Raises
+        InputError, for a class that there is not with the nearest names.
+        """
+        masks = image if isinstance(image, dict) else None
+        if masks is None:
+            blank = {name: np.zeros((1, 1), np.uint8) for name in self.domains}
+            expression.evaluate(text, blank, self.domains)  # what is wrong with it is said before any work
+            named = [name for name in self.domains if name in expression.names_in(text)]
+            masks = self(image, named or None)
+        return expression.evaluate(text, masks, self.domains)
+
+    def legend(self):
+        """{domain: [(class name, id, (r, g, b)), ...]}."""
+        return {name: [(c, k, tuple(rgb)) for k, (c, rgb) in enumerate(zip(d.classes, d.palette().tolist()))]
+                for name, d in self.domains.items()}
+
+
+def usable(device, half):
+    """A torch.device; raises InputError for one that is not there, and for half precision without a GPU."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        here = '"cpu" or "cuda"' if torch.cuda.is_available() else '"cpu"'
+        raise InputError(f"device {device!r}: cannot be used here ({str(error).splitlines()[0]}); give "
+                         f"{here}") from None
+    if half and device.type != "cuda":
+        raise InputError(f"half precision on '{device.type}': is for GPUs; leave half out")
+    return device
 
 
 def label_map(A, h, w):

@@ -75,6 +75,93 @@ def test_label_maps_are_the_classes_of_the_logits_that_validation_scores(model, 
         assert (masks[name] == logits.argmax(0).numpy()).all() and len(np.unique(masks[name])) > 1
 
 
+def test_a_list_is_parsed_as_each_of_its_photos(model, monkeypatch):
+    parser, sizes = sst.load(model), []
+    photos = [photo(40, 48, 0), photo(33, 20, 1), photo(40, 48, 2), photo(40, 48, 3)]
+    alone = [parser(image) for image in photos]
+    forward = parser.net.forward
+    monkeypatch.setattr(parser.net, "forward", lambda x, domains: (sizes.append(tuple(x.shape)),
+                                                                   forward(x, domains))[1])
+    together = parser(photos, batch_size=2)
+    assert sizes == [(2, 3, 40, 48), (1, 3, 33, 20), (1, 3, 40, 48)]
+    for one, other in zip(alone, together, strict=True):
+        assert one.keys() == other.keys() and all((one[name] == other[name]).mean() > 0.999 for name in one)
+    assert parser([]) == []
+    fitted = sst.load(model, size=(64, 48))
+    assert [masks["mine"].shape for masks in fitted(photos)] == [(40, 48), (33, 20), (40, 48), (40, 48)]
+
+
+def test_probabilities_and_some_of_the_domains(model):
+    parser, image = sst.load(model), photo(30, 40)
+    p = parser(image, domains=["mine"], probabilities=True)
+    assert list(p) == ["mine"] and p["mine"].shape == (3, 30, 40) and p["mine"].dtype == np.float32
+    np.testing.assert_allclose(p["mine"].sum(0), 1, atol=1e-5)
+    masks = parser(image)
+    assert (p["mine"].argmax(0) == masks["mine"]).all()
+    assert (parser(image, domains=["pascal"])["pascal"] == masks["pascal"]).all()
+    with pytest.raises(InputError, match="domains: 'atr' is none of pascal, mine"):
+        parser(image, domains=["atr"])
+
+
+def test_the_legend_names_ids_and_colours(model):
+    parser = sst.load(model)
+    legend = parser.legend()
+    assert [entry[:2] for entry in legend["mine"]] == [("background", 0), ("hat", 1), ("shoe", 2)]
+    assert [entry[2] for entry in legend["mine"]] == list(map(tuple, DOMAINS[1].palette().tolist()))
+
+
+def test_a_device_that_is_not_there(model):
+    with pytest.raises(InputError, match="device 'toaster': cannot be used here"):
+        sst.load(model, device="toaster")
+    with pytest.raises(InputError, match="half precision on 'cpu': is for GPUs"):
+        sst.load(model, device="cpu", half=True)
+
+
+# Masks by name
+
+FOUR = {"pascal": np.array([[0, 1, 2, 3]], np.uint8), "mine": np.array([[0, 1, 1, 2]], np.uint8)}
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("mine: hat", [0, 1, 1, 0]),
+    ("mine: hat, shoe", [0, 1, 1, 1]),
+    ("mine:hat,shoe", [0, 1, 1, 1]),
+    ("mine: hat & pascal: torso", [0, 0, 1, 0]),
+    ("mine: hat - pascal: torso", [0, 1, 0, 0]),
+    ("pascal: torso | mine: shoe - pascal: torso", [0, 0, 0, 1]),  # from left to right
+    ("pascal: torso | (mine: shoe - pascal: torso)", [0, 0, 1, 1]),
+    ("(mine: hat, shoe) & (pascal: head | pascal: upper arms)", [0, 1, 0, 1]),
+])
+def test_masks_by_name(model, text, wanted):
+    assert sst.load(model).mask(FOUR, text).tolist() == [[bool(n) for n in wanted]]
+
+
+def test_a_mask_of_a_photo(model):
+    parser, image = sst.load(model), photo(30, 40)
+    masks = parser(image)
+    assert (parser.mask(image, "mine: hat") == (masks["mine"] == 1)).all()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("mine: hut", r"'hut' is no class of mine, which has hat$"),
+    ("mine: torso", r"'torso' is no class of mine, which has .*; pascal has it$"),
+    ("atr: hat", "'atr' is none of the label domains pascal, mine; write pascal: class"),
+    ("hat", "'hat' does not say which of the label domains pascal, mine"),
+    ("mine: hat &", "a set is missing"),
+    ("& mine: hat", "a set is missing"),
+    ("", "a set is missing"),
+    ("mine: hat, ", "'' is no class of mine"),
+    ("(mine: hat", "a parenthesis is not closed"),
+    ("mine: hat)", "a closing parenthesis too many"),
+    ("mine: hat (pascal: head)", r"'\(' follows a set without"),
+])
+def test_expressions_that_mean_nothing(model, text, message):
+    parser = sst.load(model)
+    for image in (FOUR, "none.jpg"):  # said before any photo is read
+        with pytest.raises(InputError, match=message):
+            parser.mask(image, text)
+
+
 @pytest.mark.parametrize("h, w", [(70, 90), (7, 5), (41, 300)])
 def test_the_argmax_in_strips_is_the_argmax_of_the_resized_logits(monkeypatch, h, w):
     torch.manual_seed(1)
