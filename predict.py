@@ -6,12 +6,15 @@
 """
 
 import argparse
+import json
 import os
+import re
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 import sst
@@ -20,6 +23,7 @@ from sst.errors import InputError, run_program
 from sst.export import export
 from sst.files import pixels
 from sst.inference import MAX_SIDE
+from sst.journal import clock
 from sst.plots import indexed, overlay, scaled, side_by_side
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -27,7 +31,12 @@ DESCRIPTION = """\
 Parse people in photos with a trained network. Each photo gets, for every label domain,
   NAME.DOMAIN.png          its label map at the photo's size, class ids as palette indices
   NAME.DOMAIN.overlay.jpg  the photo under the classes' colours, with their names
-and NAME.all.jpg, all domains side by side. NAME is the photo's path below the given folder, without its
+and NAME.all.jpg, all domains side by side. With --masks also
+  NAME.DOMAIN.ID-CLASS.png white where the class is, black elsewhere, of every class in the photo
+and with --json
+  NAME.json                {DOMAIN: [{"class", "id", "share", "box"}]}: its part of the pixels, and
+                           [left, top, right, bottom], right and bottom being the first pixels outside
+NAME is the photo's path below the given folder, without its
 ending. Photos that differ in the ending alone keep it (a.jpg.DOMAIN.png); where photos below two given
 folders have the same name, all names start at the folder that holds both.
 
@@ -52,6 +61,12 @@ def arguments():
     g.add_argument("--max-side", type=positive, metavar="N",
                    help="instead, the photo's own size, shrunk to at most N pixels on its longer side "
                         f"(default where the run has no --size: {MAX_SIDE})")
+    p.add_argument("--masks", action="store_true", help="write a black and white PNG for every class too")
+    p.add_argument("--json", action="store_true", help="write what was found in every photo as JSON too")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument("--batch-size", type=positive, metavar="N",
+                   help="photos that are read at once; those that the network sees at one size it sees "
+                        "together (default: 8 on a GPU, else 1)")
     p.add_argument("--export", metavar="FILE",
                    help="write the network as ONNX; needs the packages onnx and onnxscript")
     return p
@@ -64,7 +79,7 @@ def main():
     if args.photos and not args.out:
         raise InputError("--out is missing; give the folder that the results go to")
     photos = find_photos(args.photos, args.out) if args.photos else {}
-    parser = sst.load(args.model, args.size, args.max_side)
+    parser = sst.load(args.model, args.size, args.max_side, args.device)
     known = ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values())
     print(f"label domains: {known}")
     if args.export:
@@ -75,13 +90,15 @@ def main():
         print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
               f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
         spare_photos(photos, parser.domains, args.out)
-        parse(photos, parser, args.out)
+        parse(photos, parser, args)
 
 
 def spare_photos(photos, domains, out):
     """Make the folder of the results. Raises InputError, also where a result would replace a photo."""
     given = {str(photo) for photo in photos.values()}
     endings = [f".{domain}{ending}" for domain in domains for ending in (".png", ".overlay.jpg")]
+    endings += [f".{name}.{filename(domain, k)}.png" for name, domain in domains.items()
+                for k in range(domain.num_classes)]
     for name, photo in photos.items():
         for ending in (".all.jpg", *endings):
             if os.path.abspath(f"{out}/{name}{ending}") in given:
@@ -93,25 +110,31 @@ def spare_photos(photos, domains, out):
         raise unwritable(out, error) from None
 
 
-def parse(photos, parser, out):
+def parse(photos, parser, args):
     """Write the results of every photo that can be read. Raises InputError at the end for the others."""
-    failed = 0
-    for i, (name, photo) in enumerate(photos.items(), 1):
-        started = time.time()
-        try:
-            image = pixels(photo)
-        except InputError as error:
-            failed += 1
-            print(f"{i}/{len(photos)}  {error}; skipped", file=sys.stderr, flush=True)
-            continue
-        masks = parser(image)
-        try:
-            save(image, masks, parser.domains, Path(out) / name)
-        except OSError as error:
-            raise unwritable(out, error) from None
-        h, w = image.shape[:2]
-        print(f"{i}/{len(photos)}  {photo}  {w}x{h}  {time.time() - started:.1f} s", flush=True)
-    print(f"results of {len(photos) - failed} photos are in {out}")
+    out, begun, done, failed = args.out, time.time(), 0, 0
+    batch_size = args.batch_size or (1 if parser.device.type == "cpu" else 8)
+    waiting = list(photos.items())[::-1]
+    while waiting:
+        images = {}  # some photos' pixels, by NAME
+        while waiting and len(images) < batch_size:
+            name, photo = waiting.pop()
+            try:
+                images[name] = pixels(photo)
+            except InputError as error:
+                done, failed = done + 1, failed + 1
+                print(f"{done}/{len(photos)}  {error}; skipped", file=sys.stderr, flush=True)
+        found = parser(list(images.values()), batch_size=batch_size)
+        for (name, image), masks in zip(images.items(), found):
+            try:
+                save(image, masks, parser.domains, Path(out) / name, args.masks, args.json)
+            except OSError as error:
+                raise unwritable(out, error) from None
+            done += 1
+            h, w = image.shape[:2]
+            left = clock((time.time() - begun) / done * (len(photos) - done))
+            print(f"{done}/{len(photos)}  {photos[name]}  {w}x{h}  {left} left", flush=True)
+    print(f"results of {len(photos) - failed} photos are in {out}; {time.time() - begun:.1f} s")
     if failed:
         raise InputError(f"{failed} of {len(photos)} photos could not be read and were skipped, see above")
 
@@ -160,11 +183,32 @@ def search(folder, out):
     return inside
 
 
-def save(image, masks, domains, path):
+def contents(mask, domain):
+    """What is in a label map, a dictionary for every class: see DESCRIPTION."""
+    found = []
+    for k in np.unique(mask).tolist():
+        rows, columns = np.nonzero((mask == k).any(1))[0], np.nonzero((mask == k).any(0))[0]
+        found.append({"class": domain.classes[k], "id": k, "share": round(float((mask == k).mean()), 6),
+                      "box": [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]})
+    return found
+
+
+def filename(domain, k):
+    """A class as a part of a file name: "4-upper-clothes", "14-left_arm"."""
+    return f"{k}-" + re.sub(r"[^\w-]", "_", domain.classes[k])
+
+
+def save(image, masks, domains, path, each_class=False, as_json=False):
     """The files of one photo, whose names begin with `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, mask in masks.items():
         indexed(mask, domains[name]).save(f"{path}.{name}.png")
+        for k in np.unique(mask) if each_class else ():
+            white = Image.fromarray(np.where(mask == k, 255, 0).astype(np.uint8))
+            white.save(f"{path}.{name}.{filename(domains[name], k)}.png")
+    if as_json:
+        Path(f"{path}.json").write_text(json.dumps(
+            {name: contents(mask, domains[name]) for name, mask in masks.items()}, indent=1))
     picture, labels = scaled(image, masks, min(max(640, *image.shape), 1600))
     for name, label in labels.items():
         Image.fromarray(overlay(picture, label, domains[name])).save(f"{path}.{name}.overlay.jpg", quality=90)

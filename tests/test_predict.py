@@ -1,6 +1,7 @@
 """predict.py and sst.load: label maps at the photo's size, files that overwrite no other, what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,46 @@ def test_a_folder_is_mirrored_and_every_photo_gets_its_files(model, tmp_path, mo
                 assert image.mode == "P" and image.size == size and (np.array(image) == mask).all()
                 colours = np.array(image.convert("RGB"))
             assert (colours == parser.domains[domain].palette()[mask]).all()
+
+
+def test_a_mask_for_every_class_and_what_was_found(model, tmp_path, monkeypatch):
+    Image.fromarray(photo(40, 48)).save(tmp_path / "a.png")
+    run(monkeypatch, model, tmp_path / "a.png", "--out", tmp_path / "out", "--masks", "--json")
+    found = json.loads((tmp_path / "out/a.json").read_text())
+    for name, domain in sst.load(model).domains.items():
+        label = np.array(Image.open(tmp_path / f"out/a.{name}.png"))
+        assert [entry["id"] for entry in found[name]] == np.unique(label).tolist() and len(found[name]) > 1
+        for entry in found[name]:
+            k, (left, top, right, bottom) = entry["id"], entry["box"]
+            assert entry["class"] == domain.classes[k]
+            assert entry["share"] == pytest.approx((label == k).mean(), abs=1e-6)
+            inside = label[top:bottom, left:right] == k
+            assert inside.sum() == (label == k).sum() and inside[0].any() and inside[-1].any()
+            assert inside[:, 0].any() and inside[:, -1].any()
+            mask = np.array(Image.open(tmp_path / f"out/a.{name}.{predict.filename(domain, k)}.png"))
+            assert (mask == 255 * (label == k)).all()
+    assert len(files(tmp_path / "out")) == 6 + sum(map(len, found.values()))
+    with pytest.raises(InputError, match="would replace the given photo a.mine.1-hat.png"):
+        os.rename(tmp_path / "a.png", tmp_path / "out/a.png")
+        (tmp_path / "out/a.mine.1-hat.png").write_bytes((tmp_path / "out/a.png").read_bytes())
+        run(monkeypatch, model, tmp_path / "out/a.png", tmp_path / "out/a.mine.1-hat.png", "--out",
+            tmp_path / "out")
+
+
+def test_photos_that_are_read_at_once_give_the_same(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for k in range(5):
+        Image.fromarray(photo(40, 48, k)).save(tmp_path / f"in/{k}.png")
+    (tmp_path / "in/broken.png").write_text("none")
+    for n in (1, 3):
+        with pytest.raises(InputError, match="1 of 6 photos could not be read"):
+            run(monkeypatch, model, tmp_path / "in", "--out", tmp_path / f"out{n}", "--batch-size", n)
+        printed = capsys.readouterr()
+        assert "6/6" in printed.out + printed.err and "results of 5 photos" in printed.out
+    assert files(tmp_path / "out1") == files(tmp_path / "out3") == results(*"01234")
+    for k in range(5):
+        one, three = (np.array(Image.open(tmp_path / f"out{n}/{k}.pascal.png")) for n in (1, 3))
+        assert (one == three).mean() > 0.999
 
 
 def test_pictures_show_the_photo_under_the_colours_of_its_classes():
