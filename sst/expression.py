@@ -10,7 +10,10 @@ import re
 
 import numpy as np
 
-from .errors import InputError
+try:
+    from .errors import InputError
+except ImportError:  # this file was copied out
+    InputError = ValueError
 
 TOKEN = re.compile(r"\s+[|&-]\s+|[()]")
 OPERATORS = {"|": np.logical_or, "&": np.logical_and, "-": lambda a, b: a & ~b}
@@ -19,7 +22,7 @@ OPERATORS = {"|": np.logical_or, "&": np.logical_and, "-": lambda a, b: a & ~b}
 def evaluate(text, masks, domains):
     """The pixels that an expression means, (h, w) bool.
 
-    masks: {name: (h, w) uint8 class ids}. domains: {name: LabelDomain}. Raises InputError with the nearest
+    masks: {name: (h, w) uint8 class ids}. domains: {name: its classes in id order}. Raises InputError with the nearest
     names for a domain or class that there is not, and for what cannot be read.
     """
     tokens = split(text)
@@ -76,7 +79,7 @@ def operand(tokens, text, masks, domains):
                          f"{next(iter(domains))}: class")
     if name not in masks:
         raise InputError(f"'{text}': the label maps given have no '{name}'; they have {', '.join(masks)}")
-    known = domains[name].classes
+    known = list(domains[name])
     ids = [known.index(c) if c in known else unknown(c, name, domains, text)
            for c in (part.strip() for part in classes.split(","))]
     return np.isin(masks[name], ids)
@@ -84,7 +87,7 @@ def operand(tokens, text, masks, domains):
 
 def unknown(found, name, domains, text):
     """Raise InputError with the names that are nearest to what was found."""
-    near = difflib.get_close_matches(found, domains[name].classes, 3, 0.5) or domains[name].classes
-    others = [other for other, domain in domains.items() if found in domain.classes]
+    near = difflib.get_close_matches(found, domains[name], 3, 0.5) or domains[name]
+    others = [other for other, classes in domains.items() if found in classes]
     where = f"; {', '.join(others)} has it" if others else ""
     raise InputError(f"'{text}': '{found}' is no class of {name}, which has {', '.join(near)}{where}")

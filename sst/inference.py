@@ -204,13 +204,13 @@ class Parser:
         image: a photo as in a call, or the label maps of one. The expressions: see sst/expression.py. Raises
         InputError, for a class that there is not with the nearest names.
         """
-        masks = image if isinstance(image, dict) else None
-        if masks is None:
+        masks, classes = image, {name: domain.classes for name, domain in self.domains.items()}
+        if not isinstance(image, dict):
             blank = {name: np.zeros((1, 1), np.uint8) for name in self.domains}
-            expression.evaluate(text, blank, self.domains)  # what is wrong with it is said before any work
+            expression.evaluate(text, blank, classes)  # what is wrong with it is said before any work
             named = [name for name in self.domains if name in expression.names_in(text)]
             masks = self(image, named or None)
-        return expression.evaluate(text, masks, self.domains)
+        return expression.evaluate(text, masks, classes)
 
     def legend(self):
         """{domain: [(class name, id, (r, g, b)), ...]}."""

@@ -1,18 +1,24 @@
 """The exported file agrees with PyTorch at any size, and holds standard operators alone."""
 
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_model import far_quarter_correlation, on_canvas, smooth_photo
 
 import predict
+import sst
 from figures import Figures
 from sst.checkpoint import load_model, model_content, save
 from sst.domains import builtin_domain
 from sst.model import Arch, ParsingNet
+from sst.onnx_parser import OnnxParser
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(OLD, reason="the export needs PyTorch 2.8 or newer")]
@@ -62,6 +68,50 @@ def test_the_graph_holds_standard_operators_and_no_loops(exported):
     said = {p.key: json.loads(p.value) for p in model.metadata_props}
     assert said["classes"] == {domain.name: list(domain.classes) for domain in DOMAINS}
     assert said["colours"]["pascal"] == DOMAINS[0].palette().tolist() and said["photos"]["size"] == [64, 48]
+
+
+def test_the_parser_without_pytorch_gives_the_same_masks(exported, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    image = np.asarray(Image.fromarray(image).resize((83, 131), Image.Resampling.BICUBIC))
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    folder = exported[1].parent
+    for options in ({}, {"size": (96, 64)}, {"max_side": 100}):
+        with_torch, without = sst.load(folder, **options), OnnxParser(exported[1], threads=1, **options)
+        wanted, found = with_torch(image), without(tmp_path / "photo.png")
+        assert wanted.keys() == found.keys()
+        for name in wanted:
+            assert found[name].shape == (131, 83) and found[name].dtype == np.uint8
+            assert (wanted[name] == found[name]).mean() >= 0.999 and len(np.unique(found[name])) > 1
+    p = without([image], ["pascal"], probabilities=True)[0]
+    np.testing.assert_allclose(p["pascal"], with_torch(image, ["pascal"], True)["pascal"], atol=1e-3)
+    assert without.legend() == with_torch.legend()
+    text = "ccp-fine: dress, skirt | pascal: torso"
+    assert (without.mask(found, text) == with_torch.mask(found, text)).all()
+
+
+def test_the_parser_without_pytorch_runs_alone(exported, tmp_path):
+    """Copied into an empty folder, where no torch and no sst can be imported."""
+    for name in ("onnx_parser.py", "expression.py"):
+        shutil.copy(Path(sst.__file__).parent / name, tmp_path)
+    Image.new("RGB", (40, 50)).save(tmp_path / "photo.png")
+    code = f"""if True:
+        import sys
+        sys.modules["torch"] = sys.modules["sst"] = None
+        from onnx_parser import OnnxParser
+        parser = OnnxParser({str(exported[1])!r})
+        print(parser("photo.png")["pascal"].shape, parser.mask("photo.png", "pascal: torso").shape)
+        for wrong in (lambda: parser("none.png"), lambda: OnnxParser("photo.png"),
+                      lambda: parser.mask("photo.png", "pascal: toro")):
+            try:
+                wrong()
+            except ValueError as error:
+                print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    printed = done.stdout.splitlines()
+    assert done.returncode == 0 and printed[0] == "(50, 40) (50, 40)", done.stderr
+    for line, words in zip(printed[1:], ("none.png: not a readable photo", "photo.png: not a parser",
+                                         "'toro' is no class of pascal, which has torso"), strict=True):
+        assert words in line
 
 
 @pytest.fixture(scope="module")
