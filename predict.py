@@ -19,6 +19,7 @@ from PIL import Image
 
 import sst
 from sst.config import pair, positive
+from sst.domains import numbering
 from sst.errors import InputError, run_program
 from sst.export import export
 from sst.files import pixels
@@ -63,6 +64,9 @@ def arguments():
                         f"(default where the run has no --size: {MAX_SIDE})")
     p.add_argument("--masks", action="store_true", help="write a black and white PNG for every class too")
     p.add_argument("--json", action="store_true", help="write what was found in every photo as JSON too")
+    p.add_argument("--numbering", nargs="+", default=[], metavar="DOMAIN=FILE",
+                   help="number the classes in NAME.DOMAIN.png otherwise, as FILE says, {class: number}; "
+                        "built in are schp-atr (for atr), schp-lip (lip), viton-hd (cihp)")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     p.add_argument("--batch-size", type=positive, metavar="N",
                    help="photos that are read at once; those that the network sees at one size it sees "
@@ -89,8 +93,9 @@ def main():
         origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"
         print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
               f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
+        numbers = dict(numbering(spec, parser.domains) for spec in args.numbering)
         spare_photos(photos, parser.domains, args.out)
-        parse(photos, parser, args)
+        parse(photos, parser, numbers, args)
 
 
 def spare_photos(photos, domains, out):
@@ -110,7 +115,7 @@ def spare_photos(photos, domains, out):
         raise unwritable(out, error) from None
 
 
-def parse(photos, parser, args):
+def parse(photos, parser, numbers, args):
     """Write the results of every photo that can be read. Raises InputError at the end for the others."""
     out, begun, done, failed = args.out, time.time(), 0, 0
     batch_size = args.batch_size or (1 if parser.device.type == "cpu" else 8)
@@ -127,7 +132,7 @@ def parse(photos, parser, args):
         found = parser(list(images.values()), batch_size=batch_size)
         for (name, image), masks in zip(images.items(), found):
             try:
-                save(image, masks, parser.domains, Path(out) / name, args.masks, args.json)
+                save(image, masks, parser.domains, Path(out) / name, numbers, args.masks, args.json)
             except OSError as error:
                 raise unwritable(out, error) from None
             done += 1
@@ -198,11 +203,11 @@ def filename(domain, k):
     return f"{k}-" + re.sub(r"[^\w-]", "_", domain.classes[k])
 
 
-def save(image, masks, domains, path, each_class=False, as_json=False):
-    """The files of one photo, whose names begin with `path`."""
+def save(image, masks, domains, path, numbers, each_class=False, as_json=False):
+    """The files of one photo, whose names begin with `path`. numbers: {domain: those of its classes}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, mask in masks.items():
-        indexed(mask, domains[name]).save(f"{path}.{name}.png")
+        indexed(mask, domains[name], numbers.get(name)).save(f"{path}.{name}.png")
         for k in np.unique(mask) if each_class else ():
             white = Image.fromarray(np.where(mask == k, 255, 0).astype(np.uint8))
             white.save(f"{path}.{name}.{filename(domains[name], k)}.png")

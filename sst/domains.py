@@ -272,6 +272,33 @@ def read_object(file, wanted):
     return fields
 
 
+def numbering(spec, domains):
+    """"DOMAIN=FILE" -> (domain's name, (Z,) uint8: the number of each of its classes in another repository).
+
+    FILE holds {class: number from 0 to 255} for every class, or is the name of one that is built in. domains:
+    {name: LabelDomain}. Raises InputError.
+    """
+    name, _, file = spec.partition("=")
+    shipped = {path.stem: path for path in sorted((HERE / "builtin/numberings").glob("*.json"))}
+    if name not in domains or not file:
+        raise InputError(f"--numbering {spec}: write DOMAIN=FILE, DOMAIN being one of {', '.join(domains)}; "
+                         f"built in are {', '.join(shipped)}")
+    path, classes = shipped.get(file, Path(file)), domains[name].classes
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); give {{class: "
+                         f"number}}, or one of {', '.join(shipped)}") from None
+    if not isinstance(numbers, dict) or set(numbers) != set(classes):
+        wrong = sorted(set(numbers) ^ set(classes)) if isinstance(numbers, dict) else ["no object"]
+        raise InputError(f"{path}: does not number the classes of '{name}': {', '.join(wrong)}; every class "
+                         "of it needs a number, and nothing else has one")
+    for c, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 255:
+            raise InputError(f"{path}: '{c}' has the number {number!r}; give whole numbers from 0 to 255")
+    return name, np.array([numbers[c] for c in classes], np.uint8)
+
+
 @cache
 def builtin_domain(name):
     """The built-in domain of that name; raises InputError with the list of names."""

@@ -22,8 +22,8 @@ OPERATORS = {"|": np.logical_or, "&": np.logical_and, "-": lambda a, b: a & ~b}
 def evaluate(text, masks, domains):
     """The pixels that an expression means, (h, w) bool.
 
-    masks: {name: (h, w) uint8 class ids}. domains: {name: its classes in id order}. Raises InputError with the nearest
-    names for a domain or class that there is not, and for what cannot be read.
+    masks: {name: (h, w) uint8 class ids}. domains: {name: its classes in id order}. Raises InputError with
+    the nearest names for a domain or class that there is not, and for what cannot be read.
     """
     tokens = split(text)
     found = union(tokens, text, masks, domains)

@@ -25,10 +25,18 @@ def colourise(label, domain):
     return colour_table(domain)[label]
 
 
-def indexed(label, domain):
-    """(H, W) class ids -> a PIL image that keeps them as palette indices, to be saved as PNG."""
+def indexed(label, domain, numbers=None):
+    """(H, W) class ids -> a PIL image that keeps them as palette indices, to be saved as PNG.
+
+    numbers: (Z,) uint8, other numbers for the classes; classes of one number have the first one's colour.
+    """
+    table = colour_table(domain)
+    if numbers is not None:
+        label, colours = numbers[label], table[:len(numbers)]
+        table = np.full_like(table, GREY)
+        table[numbers[::-1]] = colours[::-1]
     image = Image.fromarray(label)
-    image.putpalette(colour_table(domain).tobytes())
+    image.putpalette(table.tobytes())
     return image
 
 

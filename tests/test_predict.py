@@ -15,7 +15,7 @@ from PIL import Image
 import predict
 import sst
 from sst.checkpoint import model_content, save
-from sst.domains import LabelDomain, builtin_domain
+from sst.domains import LabelDomain, builtin_domain, numbering
 from sst.errors import InputError, InputWarning
 from sst.export import export
 from sst.files import pixels
@@ -318,6 +318,46 @@ def test_a_mask_for_every_class_and_what_was_found(model, tmp_path, monkeypatch)
         (tmp_path / "out/a.mine.1-hat.png").write_bytes((tmp_path / "out/a.png").read_bytes())
         run(monkeypatch, model, tmp_path / "out/a.png", tmp_path / "out/a.mine.1-hat.png", "--out",
             tmp_path / "out")
+
+
+def test_classes_numbered_as_elsewhere(model, tmp_path, monkeypatch):
+    Image.fromarray(photo(40, 48)).save(tmp_path / "a.png")
+    (tmp_path / "n.json").write_text('{"background": 9, "hat": 3, "shoe": 9}')
+    run(monkeypatch, model, tmp_path / "a.png", "--out", tmp_path / "own")
+    run(monkeypatch, model, tmp_path / "a.png", "--out", tmp_path / "out", "--numbering",
+        f"mine={tmp_path / 'n.json'}")
+    own, other = (Image.open(tmp_path / folder / "a.mine.png") for folder in ("own", "out"))
+    assert (np.array([9, 3, 9])[np.array(own)] == np.array(other)).all()
+    palette = np.array(other.getpalette()).reshape(-1, 3)
+    assert (palette[[9, 3]] == DOMAINS[1].palette()[:2]).all(), "the first class's colour"
+    assert (tmp_path / "own/a.pascal.png").read_bytes() == (tmp_path / "out/a.pascal.png").read_bytes()
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"background": 0, "hat": 1}', "does not number the classes of 'mine': shoe; every class"),
+    ('{"background": 0, "hat": 1, "shoe": 2, "sock": 3}', "of 'mine': sock; every class"),
+    ('{"background": 0, "hat": 1, "shoe": 256}', "'shoe' has the number 256; give whole numbers from 0"),
+    ('{"background": 0, "hat": 1, "shoe": true}', "'shoe' has the number True"),
+    ("[1, 2]", "of 'mine': no object"), ("{", "not readable as JSON"), (None, "n.json: not readable as JSON"),
+])
+def test_numberings_that_are_refused(tmp_path, content, message):
+    if content:
+        (tmp_path / "n.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        numbering(f"mine={tmp_path / 'n.json'}", {"mine": DOMAINS[1]})
+    for spec in ("hers=n.json", "mine", "mine="):
+        with pytest.raises(InputError, match="write DOMAIN=FILE, DOMAIN being one of mine; built in are sch"):
+            numbering(spec, {"mine": DOMAINS[1]})
+
+
+def test_the_numberings_built_in():
+    """SCHP's simple_extractor numbers ATR and LIP as their datasets do; VITON-HD joins CIHP's classes."""
+    domains = {name: builtin_domain(name) for name in ("atr", "lip", "cihp")}
+    assert numbering("atr=schp-atr", domains)[1].tolist() == list(range(18))
+    assert numbering("lip=schp-lip", domains)[1].tolist() == list(range(20))
+    viton = [[0, 10], [1, 2], [4, 13], [5, 6, 7], [9, 12], [14], [15], [16], [17], [18], [19], [8], [3, 11]]
+    found = numbering("cihp=viton-hd", domains)[1]
+    assert [np.nonzero(found == k)[0].tolist() for k in range(13)] == viton
 
 
 def test_photos_that_are_read_at_once_give_the_same(model, tmp_path, monkeypatch, capsys):
