@@ -97,10 +97,10 @@ def train(config, run, train_sets, val_sets, place, interruption):
         at = runs.restore(state, path, config, lists, model, optimizer, scaler)
     if at.step == steps and (out / "samples.png").exists():
         return print0(f"{out}: this run is finished, all {steps} steps of it")
+    journal = Journal(config, at, epoch_steps, device)  # claims the folder, before anything else is written
     print0(f"writing to {out}")
-    runs.open_folder(run)
-    runs.open_folder(config)
-    journal = Journal(config, at, epoch_steps, device)
+    runs.write_config(run)
+    runs.write_config(config)
     journal.describe(model, words, train_sets, val_sets, place, path)
 
     wrapped = model

@@ -6,6 +6,7 @@ What a run promises is in docs/reliability.md.
 
 import json
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def free_folder(config):
         return Path(recall("folder"))
     folder = Path(config.out) if config.out else run_folder(config.mode, first_free(config.mode))
     files = ("config.json", "log.jsonl", "last.pt", "model.pt", "best.pt")
-    held = [name for name in files if (folder / name).exists()]
+    held = [name for name in files if (folder / name).exists() and (folder / name).stat().st_size]
     if held:
         way_on = f", or go on with it: --resume {folder}" if "config.json" in held else ""
         raise InputError(f"--out {folder}: holds a run already ({', '.join(held)}); give another "
@@ -169,19 +170,21 @@ def free_folder(config):
     return folder
 
 
-def open_folder(config):
-    """Make the run's folder with its config.json, in the first process. Raises InputError where it cannot."""
-    folder = Path(config.out)
-    if not distributed.first():
-        return folder
+@contextmanager
+def writable(folder):
+    """What is done with a run's folder; raises InputError where it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with checkpoint.written_whole(folder / "config.json") as file:
-            file.write((json.dumps(vars(config), indent=1) + "\n").encode())
+        yield
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder of "
                          "yours") from None
-    return folder
+
+
+def write_config(config):
+    """config.json of a run, by the first process. Raises InputError where it cannot be written."""
+    if distributed.first():
+        with writable(config.out), checkpoint.written_whole(Path(config.out) / "config.json") as file:
+            file.write((json.dumps(vars(config), indent=1) + "\n").encode())
 
 
 # The model, and going on ------------------------------------------------------------------------------------
@@ -276,9 +279,12 @@ def restore(state, path, config, lists, model, optimizer, scaler):
 def open_log(out, at):
     """log.jsonl, open for appending. What a run that goes on at that Progress does again is not kept twice.
 
-    Locked while this process lives: raises InputError where another one trains in the folder.
+    Locked while this process lives: raises InputError where another one trains in the folder. The folder is
+    made where it is missing.
     """
-    log = open(out / "log.jsonl", "a+")
+    with writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a+")
     try:
         import fcntl  # not on Windows
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

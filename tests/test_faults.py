@@ -9,6 +9,7 @@ from PIL import Image
 from test_train import SHORT, TINY, lines, run
 
 import train
+from pathlib import Path
 from sst import model, runs, scenarios
 from sst.data import Crops, Photos
 from sst.domains import builtin_domain
@@ -215,7 +216,8 @@ def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
     assert runs.configure(["--resume", "auto"]).out is None
     for n in (1, 2):
         config = runs.configure([]) | {"out": str(runs.run_folder("universal", n)), "seed": n}
-        runs.open_folder(config)
+        Path(config.out).mkdir(parents=True)
+        runs.write_config(config)
     assert runs.configure(["--resume", "auto"]).out == "runs/universal-2"
     assert runs.configure(["--resume", "auto", "--out", "runs/new"]).out == "runs/new"
     assert runs.configure(["--resume", "auto", "--mode", "dedicated"]).out is None

@@ -212,7 +212,7 @@ def test_a_signal_to_any_process_ends_all_and_torchrun_starts_them_again(driver,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["runs.placed", "runs.open_folder", "journal.open_log"])
+@pytest.mark.parametrize("moment", ["runs.placed", "runs.write_config", "journal.open_log"])
 def test_a_launch_that_torchrun_starts_again_keeps_to_its_own_folder(driver, tmp_path, moment):
     """It dies before or after its folder is there. Meanwhile a newer run has finished beside it."""
     short = [flag for flag in FLAGS if flag not in ("--validations", "2")]

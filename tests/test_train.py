@@ -334,8 +334,27 @@ def test_the_sentence_is_all_that_a_user_sees(tmp_path):
 def test_fresh_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = runs.configure([]) | {"out": None}
-    folders = [runs.open_folder(config | {"out": str(runs.free_folder(config))}) for _ in range(3)]
-    assert [str(out) for out in folders] == ["runs/universal", "runs/universal-2", "runs/universal-3"]
+    for folder in ("runs/universal", "runs/universal-2", "runs/universal-3"):
+        out = runs.free_folder(config)
+        assert str(out) == folder
+        runs.open_log(out, runs.Progress()).close()
+        runs.write_config(config | {"out": folder})
+
+
+def test_of_two_that_begin_at_once_in_a_folder_one_changes_nothing(tmp_path, monkeypatch):
+    """The other has claimed the folder after this one found it free."""
+    out = tmp_path / "run"
+    out.mkdir()
+    begun = "import sys, fcntl; log = open(sys.argv[1], 'a'); fcntl.lockf(log, fcntl.LOCK_EX); print(flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", f"{begun}; input()", str(out / "log.jsonl")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(InputError, match="run: another process trains in this folder"):
+        run(monkeypatch, *SHORT, "--steps", 1, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"], "its settings are not overwritten"
+    other.communicate(b"\n")
+    run(monkeypatch, *SHORT, "--steps", 1, "--out", out)  # killed before its first line: nothing is lost
+    assert (out / "model.pt").exists()
 
 
 def test_presets_and_overrides():
