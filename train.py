@@ -179,10 +179,8 @@ def train_step(model, batches, K, weights, optimizer, scaler, statistics, config
                     terms["total"] = L_u(terms, *weights)  # Eq. 12
                 else:
                     terms["total"] = L_d(terms, batch.domain[0], *weights)  # Eq. 13
-            if measured is not None and n == 1 and not config.compile:
-                learns = [p for p in measured.parameters() if p.requires_grad]
-                parts = {name: value for name, value in terms.items() if name != "total"}
-                done.shares = gradient_shares(parts, weights, learns, scaler.get_scale())
+            if measured is not None and n == 1:
+                done.shares = gradient_shares(terms, weights, measured, scaler.get_scale())
             scaler.scale(terms["total"] * world / K).backward()  # DDP averages over the processes
         statistics.collect()
         done.add(batch, terms, X)

@@ -324,6 +324,8 @@ def resolve(given, before=None):
     if given.get("check") and "workers" not in given:
         few = hasattr(os, "sched_getaffinity")  # not on every system
         changes["workers"] = len(os.sched_getaffinity(0)) if few else os.cpu_count()
+    if given.get("compile"):
+        changes = {"shares": 0} | changes
     if given.get("sst"):
         changes = {s.name: s.published for s in SETTINGS[LOSSES] if s.name != "sst"} | changes
     config = preset(name) | changes
@@ -339,6 +341,9 @@ def check(config):
             low, high = setting.allowed
             if not low <= value <= high:  # also refuses NaN
                 raise InputError(f"{setting.flag} {value}: must lie between {low:g} and {high:g}")
+    if config.compile and config.shares:
+        raise InputError(f"--shares {config.shares}: takes a backward pass for each term, and the compiled "
+                         "network has one only; leave one of --shares and --compile out")
     low, high = config.scale
     if not 0.01 <= low <= high <= 100:
         raise InputError(f"--scale {low} {high}: give the smaller factor first, such as 0.5 2")

@@ -42,16 +42,17 @@ class Step:
             self.X = {name: [x[0].detach(), *(x_L.detach() for x_L in x[1:][-1:])] for name, x in X.items()}
 
 
-def gradient_shares(terms, weights, parameters, scale=1.0):
-    """How much each kind of loss term ("seg", "aux", "dataset", ...) pulls at some parameters.
+def gradient_shares(terms, weights, module, scale=1.0):
+    """How much each kind of loss term ("seg", "aux", "dataset", ...) pulls at a module's parameters.
 
     {kind: the length of the gradient of its part of Eq. 12}, in parts of all lengths together. They are not
     parts of the whole gradient, which is shorter where terms pull against each other. weights: Eq. 12's.
     scale: of half precision.
     """
-    kinds, lengths = {}, {}
+    kinds, lengths, parameters = {}, {}, [p for p in module.parameters() if p.requires_grad]
     for name, value in terms.items():
-        kinds.setdefault(name.partition("/")[0], {})[name] = value
+        if name != "total":
+            kinds.setdefault(name.partition("/")[0], {})[name] = value
     for kind, part in kinds.items():
         loss = L_u(part, *weights) * scale
         gradient = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

@@ -1,6 +1,7 @@
 """Steps that are not finite, files that break during a run, and flags beside --resume, in one process."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from PIL import Image
 from test_train import SHORT, TINY, lines, run
 
 import train
-from pathlib import Path
 from sst import model, runs, scenarios
 from sst.data import Crops, Photos
 from sst.domains import builtin_domain

@@ -255,11 +255,12 @@ def test_shares_are_lengths_of_the_terms_gradients_and_measuring_changes_nothing
     assert shares["dataset"] == 0 < min(shares[kind] for kind in ("seg", "aux", "img"))
 
     # Eq. 12 with alpha 2, beta 1, lambda 3 and the weight 1/2 of L_cross, at one parameter of two numbers.
-    x = torch.tensor([1.0, 1.0], requires_grad=True)
+    module = torch.nn.Module()
+    x = module.x = torch.nn.Parameter(torch.ones(2))
     terms = {"seg/a": x[0], "seg/b": 2 * x[0], "aux/a": 4 * x[1], "dataset": torch.ones(()), "img": x.sum(),
              "cross": -2 * x[1]}
     lengths = {"seg": 6, "aux": 4, "dataset": 0, "img": 3 * 2 ** 0.5, "cross": 1}
-    found = gradient_shares(terms, (2, 1, 3, 0.5), [x], scale=1024.0)
+    found = gradient_shares(terms, (2, 1, 3, 0.5), module, scale=1024.0)
     assert found == pytest.approx({kind: value / sum(lengths.values()) for kind, value in lengths.items()})
 
 
@@ -307,6 +308,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     (["--global-batch", "7", "--batch-size", "3"], "--global-batch 7: must be a multiple of --batch-size 3"),
     (["--crop", "32x32", "--batch-size", "1"], "--batch-size 1 with --crop 32x32: batch norm"),
     (["--preset", "paper"], "--preset paper without --data"),
+    (["--compile", "--shares", "3"], "--shares 3: takes a backward pass for each term, and the compiled"),
     (["--scale", "2", "1"], "--scale 2.0 1.0: give the smaller factor first"),
     (["--lr", "nan"], "--lr nan: must lie between"),
     (["--lam", "-1"], "--lam -1.0: must lie between"),
@@ -345,8 +347,9 @@ def test_of_two_that_begin_at_once_in_a_folder_one_changes_nothing(tmp_path, mon
     """The other has claimed the folder after this one found it free."""
     out = tmp_path / "run"
     out.mkdir()
-    begun = "import sys, fcntl; log = open(sys.argv[1], 'a'); fcntl.lockf(log, fcntl.LOCK_EX); print(flush=True)"
-    other = subprocess.Popen([sys.executable, "-c", f"{begun}; input()", str(out / "log.jsonl")],
+    begun = """import sys, fcntl; log = open(sys.argv[1], "a"); fcntl.lockf(log, fcntl.LOCK_EX)
+print(flush=True); input()"""
+    other = subprocess.Popen([sys.executable, "-c", begun, str(out / "log.jsonl")],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(InputError, match="run: another process trains in this folder"):
