@@ -8,7 +8,7 @@ from test_train import BASE, DOMAINS, SHORT, batches, lines, run
 
 import train
 from sst import checkpoint, runs, scenarios
-from sst.config import preset, restored
+from sst.config import ROWS, preset, restored
 from sst.errors import InputError
 from sst.losses import L_u
 
@@ -179,3 +179,23 @@ def test_dedicated_parsing_with_beta_0_trains_both_steps(tmp_path, monkeypatch):
     flags = ["--mode", "dedicated", *SHORT, "--steps", 1, "--validations", 0, "--beta", 0]
     run(monkeypatch, *flags, "--out", tmp_path / "run")
     assert set(lines(tmp_path / "run")[0]["loss"]) == {"seg/pascal", "dataset", "img", "total"}
+
+
+# The losses as published ------------------------------------------------------------------------------------
+
+
+PUBLISHED = dict(alpha=10, beta=1, lam=5, scr="both", scr_form="published", cross=0, intra_mask="body",
+                 connect="full", regions="label")
+
+
+@pytest.mark.parametrize("name", ["demo", "small", "lite", "paper"])
+def test_one_flag_gives_the_published_losses_in_any_preset(name, monkeypatch):
+    data = ["--data", "pascal=x"] if name == "paper" else []
+    for setting in ("beta", "lam", "cross"):  # a preset of the future
+        monkeypatch.setitem(ROWS[setting].columns, "small", 0.125)
+    published = runs.configure(["--preset", name, "--sst", "published", *data])
+    assert {key: getattr(published, key) for key in PUBLISHED} == PUBLISHED
+    own = runs.configure(["--preset", name, *data])
+    assert (own.cross == 0.125) == (name != "paper") and own.lr == published.lr
+    changed = runs.configure(["--preset", name, "--sst", "published", "--lam", "2", *data])
+    assert (changed.lam, changed.beta) == (2, 1), "a flag of its own goes first"
