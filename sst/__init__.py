@@ -1,5 +1,7 @@
 """Scalable Semantic Transfer (SST) for human parsing over multiple label domains."""
 
+__version__ = "0.1.0"
+
 
 def load(path, size=None, max_side=None, device=None, half=False):
     """A trained parser, `parser(image)` -> {domain: (h, w) uint8 label map}; see sst.inference.Parser."""

@@ -126,9 +126,9 @@ def check(domain):
         raise InputError(f"{where}: '{domain.name}' is a word that PyTorch keeps for itself; give the domain "
                          "another name")
     for name in classes:
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings, the "
-                             "background first")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings without "
+                             "control characters, the background first")
         if classes.count(name) > 1:
             raise InputError(f"{where}: class '{name}' is listed twice; every class needs a name of its own")
     if not 2 <= len(classes) <= IGNORE:

@@ -154,6 +154,8 @@ class Parser:
         if size is None and max_side is None:
             size = trained_size(net, path)
         self.size = None if size is None else checked_size(size)
+        if max_side is not None and not (isinstance(max_side, int) and max_side > 0):
+            raise InputError(f"max_side is {max_side!r}; it must be a number of pixels, 1 or more")
         self.max_side = max_side or MAX_SIDE
 
     def __call__(self, images, domains=None, probabilities=False, batch_size=8):

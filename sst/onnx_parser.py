@@ -40,6 +40,8 @@ class OnnxParser:
         except Exception as error:
             raise ValueError(f"{path}: not a parser ({' '.join(str(error).split())[:200]}); give a file that "
                              "predict.py --export of this version wrote") from None
+        if max_side is not None and not (isinstance(max_side, int) and max_side > 0):
+            raise ValueError(f"max_side is {max_side!r}; it must be a number of pixels, 1 or more")
         self.size = size or (None if max_side else self.photos["size"])
         self.max_side = max_side or 1024
 

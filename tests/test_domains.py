@@ -170,6 +170,8 @@ def test_a_domain_without_adjacency_says_what_to_do():
     ({"classes": ["background"] + [f"c{i}" for i in range(255)]}, "256 classes"),
     ({"classes": "background"}, "must be a list"),
     ({"classes": ["background", 3]}, "3 is no class name"),
+    ({"classes": ["background", "hat\x1b[31m"]}, "'hat\\x1b[31m' is no class name; classes are non-empty"),
+    ({"classes": ["background", "hat\nshoe"]}, "'hat\\nshoe' is no class name"),
     ({"name": "my domain"}, "use letters, digits"),
     ({"name": None}, "use letters, digits"),
     ({"flip_pairs": [["left hand", "left foot"]]},

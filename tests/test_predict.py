@@ -239,6 +239,9 @@ def test_the_size_is_the_run_s_unless_one_is_given(model, tmp_path):
         sst.load(model, size=(32, 32), max_side=50)
     with pytest.raises(InputError, match=r"size is 512; it must be"):
         sst.load(model, size=512)
+    for side in (0, -3, "64", 0.5):
+        with pytest.raises(InputError, match=f"max_side is {side!r}; it must be a number of pixels, 1 or mo"):
+            sst.load(model, max_side=side)
 
 
 def test_a_file_of_an_earlier_version_has_the_size_in_the_config_json_beside_it(model, tmp_path):
