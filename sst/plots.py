@@ -140,34 +140,42 @@ def save_curves(lines, path):
     from matplotlib.figure import Figure
     train, val, gradient = ([line for line in lines if line["kind"] == kind]
                             for kind in ("train", "val", "gradient"))
-    figure = Figure(figsize=(13, 7.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(15, 7), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     (losses, shares, miou), below = figure.subplots(2, 3)
     steps = [line["step"] for line in train]
+    # A label domain has one colour in all panels, and so has each kind of loss term. Greys are sums.
+    domains = [*(train[0]["cos"] if train else ()), *(val[0]["miou"] if val else ())]
+    colours = {name: f"C{k}" for k, name in enumerate(dict.fromkeys(domains))}
+    colours |= dict(zip(("dataset", "img", "cross", "seg", "aux", "total"),
+                        ("C7", "k", "C8", "C5", "C6", "0.7")))
     for name in train[0]["loss"] if train else ():
-        losses.plot(steps, smooth([line["loss"][name] for line in train]), label=name, linewidth=1)
+        kind, _, domain = name.partition("/")
+        losses.plot(steps, smooth([line["loss"][name] for line in train]), ":" if kind == "aux" else "-",
+                    color=colours.get(domain or kind), label=name, linewidth=1.3)
     losses.set(title="training losses (smoothed)", yscale="log")
     for name in gradient[0]["shares"] if gradient else ():
         points = [(line["step"], 100 * line["shares"].get(name, 0)) for line in gradient]
-        shares.plot(*zip(*points), "o-", label=name, linewidth=1, markersize=3)
+        shares.plot(*zip(*points), "o-", color=colours.get(name), label=name, linewidth=1, markersize=3)
     shares.set(title="share of the backbone's gradient, %", ylim=(-3, 103))
     for name in val[0]["miou"] if val else ():
-        miou.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-", label=name,
-                  linewidth=1, markersize=3)
+        miou.plot([line["step"] for line in val], [line["miou"][name] for line in val], "o-",
+                  color=colours[name], label=name, linewidth=1, markersize=3)
     miou.set(title="validation mIoU, %")
     titles = {"cos": "mean cosine of the rows of X (1: collapsed)",
               "centred": "without their mean and signs (1: one direction)", "rank": "effective rank of these"}
     for axis, (key, title) in zip(below, titles.items()):
         for name in train[0].get(key, ()) if train else ():  # a log of an earlier version lacks some
-            for of, style, label in (("x0", "-", "X_0"), ("xl", "--", "X_L")):
+            for of, style, label in (("x0", "-", "X_0"), ("xl", ":", "X_L")):
                 # A micro-batch without images of the domain has no X_L.
                 points = [(line["step"], line[key][name][of]) for line in train if of in line[key][name]]
                 if points:
-                    axis.plot(*zip(*points), style, linewidth=1, label=f"{name} {label}")
+                    axis.plot(*zip(*points), style, color=colours[name], linewidth=1.3,
+                              label=f"{name} {label}")
         axis.set(title=title, xlabel="step")
     for axis in (losses, shares, miou, *below):
-        if axis.lines:
-            axis.legend(fontsize=7)
+        if axis.lines:  # beside the curves, never on them
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         else:
             axis.text(0.5, 0.5, "none in this run", ha="center", transform=axis.transAxes, color="0.5")
         axis.grid(alpha=0.3)
