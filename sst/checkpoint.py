@@ -122,6 +122,10 @@ def load(path, kind):
                          f"wrote")
     if content["format"] != FORMAT:
         raise InputError(f"{path}: format {content['format']!r}; this version reads format {FORMAT}")
+    weights = content["weights"]
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise InputError(f"{path}: its weights are no tensors by name; expected a {expected} that train.py "
+                         "wrote")
     return content
 
 
@@ -222,7 +226,12 @@ def prepared(photos, path):
 
 
 def check_sizes(spec, weights, path):
-    """Refuse an architecture that is larger than the weights which it comes with. Raises InputError."""
+    """Refuse an architecture that is larger than its weights, or weights larger than their file.
+
+    A tensor may repeat one number a billion times. Raises InputError.
+    """
+    if sum(w.numel() * w.element_size() for w in weights.values()) > Path(path).stat().st_size:
+        raise InputError(f"{path}: its weights claim to be larger than the file; it was damaged or made up")
     largest = max((max(value.shape, default=1) for value in weights.values()), default=1)
     numbers = [n for value in spec.values() for n in (value if isinstance(value, list) else [value])
                if isinstance(n, int)] if isinstance(spec, dict) else []

@@ -415,6 +415,14 @@ def test_made_up_sizes_and_packed_gigabytes_are_refused_before_memory_is_taken(t
         checkpoint.save(good | {"arch": good["arch"] | change}, path)
         with pytest.raises(InputError, match="the file was damaged or made up"):
             checkpoint.load_model(path)
+    wide = {"heads.atr.weight": torch.zeros(1).expand(10 ** 5, 10 ** 5)}
+    checkpoint.save(good | {"weights": good["weights"] | wide}, path)
+    with pytest.raises(InputError, match="its weights claim to be larger than the file"):
+        checkpoint.load_model(path)
+    for weights in ([1], {"heads.atr.weight": 3}):
+        checkpoint.save(good | {"weights": weights}, path)
+        with pytest.raises(InputError, match="its weights are no tensors by name"):
+            checkpoint.load_model(path)
     checkpoint.save(good, path)
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: archive.read(member) for member in archive.infolist()}
