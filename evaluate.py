@@ -77,8 +77,7 @@ def main(argv=None):
     log = sys.stderr if args.json else sys.stdout
 
     # The network, the datasets, and by which heads each is scored.
-    path = Path(args.model)
-    path = path / "model.pt" if path.is_dir() else path
+    path = checkpoint.model_file(args.model)
     net, domains = checkpoint.load_model(path)
     net.to(device, memory_format=torch.channels_last)
     heads = {d.name: d for d in domains}

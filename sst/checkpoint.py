@@ -104,14 +104,9 @@ def load(path, kind):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a {expected} that train.py wrote")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
-                raise ValueError  # PyTorch stores as it is; a few packed bytes may unpack to gigabytes
-            if archive.testzip():  # a checksum is wrong; torch.load does not look at them
-                raise ValueError
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_folder(path) if Path(path).suffix == ".safetensors" else read_archive(path)
+    except InputError:
+        raise
     except Exception:  # a damaged file leads the readers of zip and pickle to whatever they raise
         raise InputError(f"{path}: not a readable checkpoint (truncated, or another kind of file); copy it "
                          "again or use another checkpoint of the run") from None
@@ -127,6 +122,43 @@ def load(path, kind):
         raise InputError(f"{path}: its weights are no tensors by name; expected a {expected} that train.py "
                          "wrote")
     return content
+
+
+def read_archive(path):
+    """What torch.save wrote. Raises ValueError, and whatever readers of zip and pickle raise."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
+            raise ValueError  # PyTorch stores as it is; a few packed bytes may unpack to gigabytes
+        if archive.testzip():  # a checksum is wrong; torch.load does not look at them
+            raise ValueError
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_folder(path):
+    """What tools/huggingface.py wrote: model.safetensors, and the rest in the config.json beside it."""
+    config = Path(path).with_name("config.json")
+    return json.loads(config.read_text(encoding="utf-8")) | {"weights": safetensors().load_file(path)}
+
+
+def safetensors():
+    """The module for PyTorch of the optional package. Raises InputError where it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError("model.safetensors needs the package safetensors, which is not installed; run: pip "
+                         "install safetensors") from None
+    return safetensors.torch
+
+
+def model_file(path):
+    """A file of weights, or the one in a folder: model.pt, or where there is none model.safetensors."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    other = path / "model.safetensors"
+    return other if other.is_file() and not (path / "model.pt").is_file() else path / "model.pt"
 
 
 def domains_of(content, path):

@@ -8,7 +8,6 @@ Every photo goes one way: onto the network's canvas, through the network, and fr
     skirt = parser.mask(masks, "cihp: dress, skirt")         # (h, w) bool
 """
 
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import expression
-from .checkpoint import load_model, trained_size
+from .checkpoint import load_model, model_file, trained_size
 from .errors import InputError
 from .files import fit, pixels
 from .metrics import confusion
@@ -133,7 +132,7 @@ def samples(net, datasets, size=None, skip_bad=False, count=3):
 class Parser:
     """A trained human parser: a photo in, a label map of each of its label domains out.
 
-    path: a run folder, whose model.pt is read, or a model.pt or best.pt.
+    path: a run folder, whose model.pt is read, a model.pt or best.pt, or a folder with model.safetensors.
     device: "cpu", "cuda", ...; by default a GPU where there is one. half: compute in half precision, on a
     GPU.
     size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
@@ -145,8 +144,7 @@ class Parser:
     def __init__(self, path, size=None, max_side=None, device=None, half=False):
         if size is not None and max_side is not None:
             raise InputError(f"size {size} and max_side {max_side}: give one of them")
-        path = Path(path)
-        path = path / "model.pt" if path.is_dir() else path
+        path = model_file(path)
         net, domains = load_model(path)
         self.device, self.half = usable(device, half), half
         self.net = net.to(self.device, memory_format=torch.channels_last)
