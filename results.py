@@ -19,7 +19,8 @@ class Bed:
     """A test bed's cells. question, score: what it asks, which score counts. names: of variants, in words."""
 
     def __init__(self, name, question, score, cells, names):
-        self.name, self.question, self.score, self.names = name, question, score, names
+        self.name, self.question, self.score = name, question, score
+        self.names = names | {BASELINE: "Fine-tuning"} if name.startswith("dedicated") else names
         self.cells = [cell for cell in cells if cell["bed"] == name]
         self.scores = {}  # {variant: {seed: score}}
         for cell in self.cells:
@@ -41,10 +42,9 @@ class Bed:
 
     def table(self):
         """Lines of Markdown."""
-        lines = [f"## {self.name}", "", self.question, "", "```",
-                 f"python experiments.py run --photos DIR --only {self.name}", "```", "",
-                 f"| | {self.score}, mIoU % | n | against Multi-datasets, equal steps | equal time "
-                 "| a step |",
+        baseline = self.label(BASELINE)
+        lines = [f"## {self.name}", "", self.question, "", "```", *self.commands(), "```", "",
+                 f"| | {self.score}, mIoU % | n | against {baseline}, equal steps | equal time | a step |",
                  "|---|---|---|---|---|---|"]
         for variant in self.variants:
             values = list(self.scores[variant].values())
@@ -61,6 +61,16 @@ class Bed:
             lines.append(f"| ceiling: Multi-datasets, the head `ccp-fine` | {spread(own)} | {len(own)} "
                          "| | | |")
         return lines + [""]
+
+    def commands(self):
+        """What gives these cells."""
+        groups = {}  # {(changed flags, seeds): names of the variants that have both}
+        for variant in self.variants:
+            name, *changes = variant.split()
+            groups.setdefault((" ".join(changes), tuple(sorted(self.scores[variant]))), []).append(name)
+        return [f"python experiments.py run --photos DIR --only {self.name} --variants {' '.join(names)} "
+                + (f'--try "{changes}" ' if changes else "") + f"--seeds {' '.join(map(str, seeds))}"
+                for (changes, seeds), names in groups.items()]
 
     def draw(self, axis):
         """Every seed a dot, the mean a line."""
