@@ -20,7 +20,7 @@ class Bed:
 
     def __init__(self, name, question, score, cells, names):
         self.name, self.question, self.score = name, question, score
-        self.names = names | {BASELINE: "Fine-tuning"} if name.startswith("dedicated") else names
+        self.names = named(name, names)
         self.cells = [cell for cell in cells if cell["bed"] == name]
         self.scores = {}  # {variant: {seed: score}}
         for cell in self.cells:
@@ -84,6 +84,11 @@ class Bed:
         axis.grid(axis="y", alpha=0.3)
 
 
+def named(bed, names):
+    """{variant: in words}: what Multi-datasets is in dedicated parsing is fine-tuning."""
+    return names | {BASELINE: "Fine-tuning"} if bed.startswith("dedicated") else names
+
+
 def paired(scores, baseline):
     """Differences, seed by seed, of the seeds that both have."""
     return [scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())]
@@ -127,7 +132,8 @@ def tuning(cells, names):
         groups.setdefault((cell["bed"], cell["variant"]), []).append(cell["scores"][cell["score"]])
     for (bed, variant), values in sorted(groups.items()):
         name, *changes = variant.split()
-        lines.append(f"| {bed} | {', '.join([names[name], *changes])} | {spread(values)} | {len(values)} |")
+        words = ", ".join([named(bed, names)[name], *changes])
+        lines.append(f"| {bed} | {words} | {spread(values)} | {len(values)} |")
     return lines + [""] if cells else []
 
 
