@@ -50,8 +50,9 @@ def start():
 
 
 def stop():
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one, all processes together: one that leaves early may abort."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

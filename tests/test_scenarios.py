@@ -126,7 +126,7 @@ def test_the_target_starts_as_a_copy_and_every_source_is_bridged_to_it(target_on
     assert S[:, 0].any() and not S[:, 1].any(), "an image of ignored pixels has no region"
     other = labels.clone()
     other[0, 32:] = (other[0, 32:] + 1) % 7
-    again = model.source.represent(images, other.long())["cihp"][0]
+    again = model.source.represent(images, other.long())[0]["cihp"][0]
     assert torch.equal(S, again), "the labels' classes are none of the source's"
 
     terms, X = model(images, labels, [0, 0])
