@@ -57,8 +57,8 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 | 1.20 x |"
             in page)
     run = "python experiments.py run --photos DIR --only balanced-photos --variants"
-    for cells in ("multi --seeds 0 1 2 3 4", 'multi --try "steps=600" --seeds 0 1', "cross --seeds 0 1 2 3"):
-        assert f"{run} {cells}\n" in page
+    for which in ("multi --seeds 0 1 2 3 4", 'multi --try "steps=600" --seeds 0 1', "cross --seeds 0 1 2 3"):
+        assert f"{run} {which}\n" in page
     assert "| balanced-photos | Multi-datasets, lr=0.006 | 28.00 | 1 |" in page
     assert (cells / "results.png").stat().st_size > 5000
 
