@@ -121,7 +121,7 @@ def parse(photos, parser, numbers, args):
     batch_size = args.batch_size or (1 if parser.device.type == "cpu" else 8)
     waiting = list(photos.items())[::-1]
     while waiting:
-        images = {}  # some photos' pixels, by NAME
+        images, started = {}, time.time()  # some photos' pixels, by NAME
         while waiting and len(images) < batch_size:
             name, photo = waiting.pop()
             try:
@@ -130,7 +130,9 @@ def parse(photos, parser, numbers, args):
                 done, failed = done + 1, failed + 1
                 print(f"{done}/{len(photos)}  {error}; skipped", file=sys.stderr, flush=True)
         found = parser(list(images.values()), batch_size=batch_size)
+        before = (time.time() - started) / max(1, len(images))
         for (name, image), masks in zip(images.items(), found):
+            started = time.time()
             try:
                 save(image, masks, parser.domains, Path(out) / name, numbers, args.masks, args.json)
             except OSError as error:
@@ -138,7 +140,8 @@ def parse(photos, parser, numbers, args):
             done += 1
             h, w = image.shape[:2]
             left = clock((time.time() - begun) / done * (len(photos) - done))
-            print(f"{done}/{len(photos)}  {photos[name]}  {w}x{h}  {left} left", flush=True)
+            seconds = before + time.time() - started
+            print(f"{done}/{len(photos)}  {photos[name]}  {w}x{h}  {seconds:.1f} s, {left} left", flush=True)
     print(f"results of {len(photos) - failed} photos are in {out}; {time.time() - begun:.1f} s")
     if failed:
         raise InputError(f"{failed} of {len(photos)} photos could not be read and were skipped, see above")

@@ -121,7 +121,7 @@ def predict(here):
     out, predictions = train(here, "one-step", *on_photos(here, 1)[1]), here.work / "predictions"
     photos = sorted((here.work / "cihp" / "images").iterdir())[:4]
     output = run(here, "predict.py", out, *photos, "--out", predictions)
-    seconds = [float(taken) for taken in re.findall(r"  \d+x\d+  ([\d.]+) s$", output, re.M)]
+    seconds = [float(taken) for taken in re.findall(r"  \d+x\d+  ([\d.]+) s, ", output, re.M)]
     files = len([*predictions.iterdir()])
     if (len(seconds), files) != (4, 4 * (2 * len(DOMAINS) + 1)):
         raise RuntimeError(f"of 4 photos {len(seconds)} were parsed, into {files} files")
