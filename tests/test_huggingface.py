@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_predict import DOMAINS, model, photo  # noqa: F401
+from test_predict import model, photo  # noqa: F401
 
 import sst
 from sst.errors import InputError
