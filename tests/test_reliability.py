@@ -1,4 +1,4 @@
-"""What docs/reliability.md counts: runs that are killed, preempted, split over processes, fed with damage."""
+"""What docs/reliability.md counts: runs that are killed, preempted, split over processes. Damage: test_damage.py."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import ROOT
-
 
 DRIVER = f"""
 import os, runpy, sys
