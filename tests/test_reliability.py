@@ -1,4 +1,4 @@
-"""What docs/reliability.md counts: runs that are killed, preempted, split over processes. Damage: test_damage.py."""
+"""What docs/reliability.md counts: runs killed, preempted, split over processes. Damage: test_damage.py."""
 
 import json
 import os
