@@ -125,15 +125,15 @@ def check(domain):
     if hasattr(torch.nn.ModuleDict, domain.name) or domain.name in ("training", "seg", "aux"):
         raise InputError(f"{where}: '{domain.name}' is a word that PyTorch keeps for itself; give the domain "
                          "another name")
+    if not 2 <= len(classes) <= IGNORE:  # a made-up file may claim millions
+        raise InputError(f"{where}: {len(classes)} classes; a domain has 2 to {IGNORE} (id {IGNORE} means "
+                         "ignored)")
     for name in classes:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InputError(f"{where}: {name!r} is no class name; classes are non-empty strings without "
                              "control characters, the background first")
         if classes.count(name) > 1:
             raise InputError(f"{where}: class '{name}' is listed twice; every class needs a name of its own")
-    if not 2 <= len(classes) <= IGNORE:
-        raise InputError(f"{where}: {len(classes)} classes; a domain has 2 to {IGNORE} (id {IGNORE} means "
-                         "ignored)")
     for key in ("flip_pairs", "adjacency"):
         for pair in getattr(domain, key) or ():
             if not isinstance(pair, tuple) or len(pair) != 2:

@@ -34,6 +34,7 @@ def configure(argv=None):
     folder = broadcast(folder_to_resume(given))
     if folder:
         return resumed(given, folder)
+    given.pop("resume", None)  # auto, and there is no run: it begins
     settings.check_scenario(given)
     return settings.resolve(given, before(given))
 

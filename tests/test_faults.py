@@ -213,14 +213,20 @@ def test_flags_that_agree_and_those_that_change_no_result_are_taken(finished):
 
 def test_auto_begins_a_run_or_goes_on_with_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runs.configure(["--resume", "auto"]).out is None
+    for flags, out in ([], "runs/universal"), (["--mode", "dedicated"], "runs/dedicated"):
+        begun = runs.configure(["--resume", "auto", *flags])
+        assert begun.resume is None and runs.placed(begun, 1).out == out
     for n in (1, 2):
         config = runs.configure([]) | {"out": str(runs.run_folder("universal", n)), "seed": n}
         Path(config.out).mkdir(parents=True)
         runs.write_config(config)
     assert runs.configure(["--resume", "auto"]).out == "runs/universal-2"
-    assert runs.configure(["--resume", "auto", "--out", "runs/new"]).out == "runs/new"
-    assert runs.configure(["--resume", "auto", "--mode", "dedicated"]).out is None
+    begun = runs.placed(runs.configure(["--resume", "auto", "--out", "runs/new"]), 1)
+    assert (begun.resume, begun.out) == (None, "runs/new")
+    Path("runs/weights").mkdir()
+    Path("runs/weights/model.pt").write_text("of another run, without its settings")
+    with pytest.raises(InputError, match="holds a run already .model.pt.; give another folder"):
+        runs.placed(runs.configure(["--resume", "auto", "--out", "runs/weights"]), 1)
     assert runs.configure(["--out", "runs/universal"]).resume is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the same command again
     monkeypatch.setattr(runs, "recall", {"folder": "runs/universal-2"}.get)
