@@ -1,7 +1,7 @@
 """What things cost here: deformable attention by every backend, the network, SST's share of a training step.
 
     python bench.py                     all of it; minutes
-    python bench.py --only operator     one table: operator, network or step
+    python bench.py --only operator     one table: operator, network, step or parser
     python bench.py --json              one object instead of tables
 
 Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from
@@ -15,23 +15,34 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from sst import runs
+import sst
+from sst import checkpoint, runs
 from sst.deform_attn import deform_attn
 from sst.distributed import compiler_fault
 from sst.domains import builtin_domain
+from sst.errors import InputError
+from sst.export import export
+from sst.files import pixels
+from sst.inference import label_map
 from sst.losses import L_seg, L_u
 from sst.model import ParsingNet
+from sst.onnx_parser import OnnxParser
 from sst.optim import build_optimizer
 from sst.scenarios import build
 
 PHOTO = [(64, 64), (32, 32), (16, 16)]  # encoder levels of one image at 512x512
 PEER = "torch-ms-deform-attn (compiled)"
+SEGFORMER = "SegFormer-B2 (transformers)"
 COMPILED = "torch.compile"
 SIDE = 512
 NETWORKS = ("small", "r50", "r101")
@@ -214,10 +225,10 @@ def peers():
     t.logging.set_verbosity_error()
     resnet = t.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
     b2 = t.SegformerConfig(depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768,
-                           num_labels=20)
+                           num_labels=18)  # as segformer_b2_clothes
     mask2former = t.Mask2FormerForUniversalSegmentation(t.Mask2FormerConfig(backbone_config=resnet))
     return {"Mask2Former-R50 (transformers)": mask2former,
-            "SegFormer-B2 (transformers)": t.SegformerForSemanticSegmentation(b2)}
+            SEGFORMER: t.SegformerForSemanticSegmentation(b2)}
 
 
 def bench_step(device, rounds):
@@ -252,6 +263,53 @@ def bench_step(device, rounds):
     return result
 
 
+def bench_parser(device, rounds):
+    """One photo of 512x384 from its file to label maps at its size: the parser that the package carries.
+
+    It fits the photo into its own 288x192 pixels, and finds the label maps of all its domains. SegFormer-B2
+    has random weights, gets the photo at its own size, and finds one label map.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder) / "photo.png"
+        spots = np.random.default_rng(0).integers(0, 256, (16, 12, 3), np.uint8)
+        Image.fromarray(spots).resize((384, 512), Image.Resampling.BICUBIC).save(photo)
+        parser = sst.load(device=device.type)
+        rivals, files = {"sst, PyTorch": lambda: parser(photo)}, {"sst, PyTorch": checkpoint.PACKAGED}
+        for kind, canvases in (("float32", None), ("int8", [parser.canvas(pixels(photo))[0]])):
+            files[f"sst, ONNX {kind}"] = file = Path(folder) / f"{kind}.onnx"
+            try:
+                export(parser.net, parser.domains, file, parser.size, canvases)
+                onnx = OnnxParser(file, threads=torch.get_num_threads())
+            except (InputError, ImportError) as error:
+                print(f"no row of ONNX {kind}: {error}", file=sys.stderr)
+                continue
+            rivals[f"sst, ONNX {kind}"] = partial(onnx, photo)
+        if SEGFORMER in (others := peers()):
+            rivals[SEGFORMER] = partial(segformer, others[SEGFORMER].to(device).eval(), photo)
+        times = medians(rivals, rounds)
+        return {name: {"a photo ms": 1000 * seconds,
+                       "SegFormer / it": times[SEGFORMER] / seconds if SEGFORMER in times else None,
+                       "file MiB": files[name].stat().st_size / 2 ** 20 if name in files else None,
+                       "peak MiB": peak_of_onnx(files[name], photo) if "ONNX" in name else None}
+                for name, seconds in times.items()}
+
+
+@torch.no_grad()
+def segformer(net, photo):
+    image = torch.from_numpy(pixels(photo)).to(next(net.parameters()).device).permute(2, 0, 1)[None] / 255
+    return label_map(net(image).logits[0], *image.shape[-2:])
+
+
+def peak_of_onnx(file, photo):
+    """MiB of a fresh process that parses a photo with onnxruntime, all of it counted."""
+    code = """import sys; from sst.onnx_parser import OnnxParser
+OnnxParser(sys.argv[1], threads=1)(sys.argv[2])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
+    run = subprocess.run([sys.executable, "-c", code, file, photo], cwd=Path(__file__).parent, check=True,
+                         capture_output=True, text=True)
+    return int(run.stdout) / 1024
+
+
 def table(title, rows):
     columns = list(next(iter(rows.values())))
     lines = [f"\n{title:<44}" + "".join(f"{column:>24}" for column in columns)]
@@ -264,7 +322,7 @@ def table(title, rows):
 def main():
     p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=__doc__)
-    p.add_argument("--only", choices=["operator", "network", "step"], help="one table")
+    p.add_argument("--only", choices=["operator", "network", "step", "parser"], help="one table")
     p.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="rows of network (all)")
     p.add_argument("--rounds", type=int, default=9, help="turns whose median is taken (9)")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
@@ -280,7 +338,8 @@ def main():
         about["copy GB/s"] = round(copy_rate())
     results = {"about": about}
     network = partial(bench_network, networks=args.networks)
-    for name, bench in (("operator", bench_operator), ("network", network), ("step", bench_step)):
+    for name, bench in (("operator", bench_operator), ("network", network), ("step", bench_step),
+                        ("parser", bench_parser)):
         if args.only in (None, name):
             results[name] = bench(device, args.rounds)
             if not args.json:

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +26,8 @@ from sst.config import pair
 from sst.data import open_datasets
 from sst.distributed import print0
 from sst.domains import builtin_domain, read_class_map
-from sst.errors import InputError, run_program
+from sst.doubts import doubts
+from sst.errors import InputError, InputWarning, run_program
 from sst.inference import averaged_logits
 from sst.metrics import confusion, mapped, scores
 from sst.plots import is_confusion, save_confusion
@@ -95,6 +97,10 @@ def main(argv=None):
     for (data, _), title in titles.items():
         count, what = len(datasets[data]), "photos" if args.data else "figures"
         print0(f"{title}: {count} {what} on the {args.split} list", file=log)
+    if rank == 0:
+        for dataset in datasets.values():
+            for sentence in doubts(dataset, training=args.split == "train"):
+                warnings.warn(sentence, InputWarning, stacklevel=2)
     processes = f"{world} process{'es' if world > 1 else ''}"
     print0(f"{len(photos)} different photos; device {device}, {processes}", file=log)
 

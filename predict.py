@@ -1,5 +1,6 @@
 """Human parsing of photos with a trained network, and its export to ONNX.
 
+    python predict.py photo.jpg                                           with the weights of the package
     python predict.py runs/universal photo.jpg folder/ --out predictions
     python predict.py runs/universal --export parser.onnx
     python predict.py --help
@@ -27,9 +28,12 @@ from sst.inference import MAX_SIDE
 from sst.journal import clock
 from sst.plots import indexed, overlay, scaled, side_by_side
 
+CALIBRATION = 64  # photos that set the ranges of 8-bit integers
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 DESCRIPTION = """\
-Parse people in photos with a trained network. Each photo gets, for every label domain,
+Parse people in photos with a trained network: a run's folder, a model.pt or best.pt, or where the first
+argument is a photo or a folder of photos the one that the package carries (docs/model-card.md). Each photo
+gets, for every label domain,
   NAME.DOMAIN.png          its label map at the photo's size, class ids as palette indices
   NAME.DOMAIN.overlay.jpg  the photo under the classes' colours, with their names
 and NAME.all.jpg, all domains side by side. With --masks also
@@ -41,6 +45,7 @@ NAME is the photo's path below the given folder, without its
 ending. Photos that differ in the ending alone keep it (a.jpg.DOMAIN.png); where photos below two given
 folders have the same name, all names start at the folder that holds both.
 
+  python predict.py photo.jpg
   python predict.py runs/universal photo.jpg folder/ --out predictions
   python predict.py runs/universal --export parser.onnx"""
 
@@ -49,12 +54,11 @@ def arguments():
     """The flags, as an argparse parser."""
     p = argparse.ArgumentParser("predict.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=DESCRIPTION)
-    p.add_argument("model", metavar="RUN_DIR|model.pt", help="a run's folder, its model.pt or its best.pt")
-    p.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER",
-                   help="photos, and folders that are searched for them with their sub-folders "
+    p.add_argument("given", nargs="*", metavar="[MODEL] PHOTO|FOLDER",
+                   help="the network, photos, and folders that are searched for them with their sub-folders "
                         f"({', '.join(PHOTO_ENDINGS)}; hidden files and --out are left out)")
-    p.add_argument("--out", metavar="DIR",
-                   help="folder for the results; earlier results of the same name are replaced")
+    p.add_argument("--out", metavar="DIR", default="predictions",
+                   help="folder for the results (predictions); earlier results of the same name are replaced")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--size", type=pair, metavar="HxW",
                    help="fit the whole photo into this size for the network (default: the --size of the run, "
@@ -62,6 +66,7 @@ def arguments():
     g.add_argument("--max-side", type=positive, metavar="N",
                    help="instead, the photo's own size, shrunk to at most N pixels on its longer side "
                         f"(default where the run has no --size: {MAX_SIDE})")
+    p.add_argument("--domains", nargs="+", metavar="NAME", help="only these label domains (default: all)")
     p.add_argument("--masks", action="store_true", help="write a black and white PNG for every class too")
     p.add_argument("--json", action="store_true", help="write what was found in every photo as JSON too")
     p.add_argument("--numbering", nargs="+", default=[], metavar="DOMAIN=FILE",
@@ -73,29 +78,43 @@ def arguments():
                         "together (default: 8 on a GPU, else 1)")
     p.add_argument("--export", metavar="FILE",
                    help="write the network as ONNX; needs the packages onnx and onnxscript")
+    p.add_argument("--int8", nargs="+", metavar="PHOTO|FOLDER",
+                   help="export it in 8-bit integers, whose ranges are found on the first "
+                        f"{CALIBRATION} of these photos; needs onnxruntime too")
     return p
 
 
 def main():
     args = arguments().parse_intermixed_args()
-    if not args.photos and not args.export:
+    model = args.given.pop(0) if args.given and is_model(args.given[0]) else None
+    if args.int8 and not args.export:
+        raise InputError("--int8 without --export: it is a kind of export; give --export FILE.onnx")
+    if not args.given and not args.export:
         raise InputError("nothing to do; give photos or folders of photos, or --export FILE.onnx")
-    if args.photos and not args.out:
-        raise InputError("--out is missing; give the folder that the results go to")
-    photos = find_photos(args.photos, args.out) if args.photos else {}
-    parser = sst.load(args.model, args.size, args.max_side, args.device)
+    photos = find_photos(args.given, args.out) if args.given else {}
+    parser = sst.load(model, args.size, args.max_side, args.device)
     known = ", ".join(f"{d.name} ({d.num_classes} classes)" for d in parser.domains.values())
     print(f"label domains: {known}")
     if args.export:
-        export(parser.net, parser.domains, args.export, parser.size)
+        ranges = find_photos(args.int8, args.out) if args.int8 else {}
+        canvases = (parser.canvas(pixels(photo))[0] for photo in list(ranges.values())[:CALIBRATION])
+        export(parser.net, parser.domains, args.export, parser.size, canvases if ranges else None)
         print(f"wrote {args.export}")
     if photos:
         origin = " (--size)" if args.size else ", the --size of the run; --size and --max-side override it"
         print(f"photos are fitted into {parser.size[0]}x{parser.size[1]}{origin}" if parser.size else
               f"photos keep their size, up to {parser.max_side} pixels on the longer side (--max-side)")
-        numbers = dict(numbering(spec, parser.domains) for spec in args.numbering)
-        spare_photos(photos, parser.domains, args.out)
+        domains = parser.chosen(args.domains)
+        numbers = dict(numbering(spec, domains) for spec in args.numbering)
+        spare_photos(photos, domains, args.out)
         parse(photos, parser, numbers, args)
+
+
+def is_model(path):
+    """Whether the first argument names a network: neither a photo nor a folder without a run in it."""
+    if Path(path).is_dir():
+        return any((Path(path) / name).exists() for name in ("model.pt", "model.safetensors", "config.json"))
+    return Path(path).suffix.lower() not in PHOTO_ENDINGS
 
 
 def spare_photos(photos, domains, out):
@@ -129,7 +148,7 @@ def parse(photos, parser, numbers, args):
             except InputError as error:
                 done, failed = done + 1, failed + 1
                 print(f"{done}/{len(photos)}  {error}; skipped", file=sys.stderr, flush=True)
-        found = parser(list(images.values()), batch_size=batch_size)
+        found = parser(list(images.values()), args.domains, batch_size=batch_size)
         before = (time.time() - started) / max(1, len(images))
         for (name, image), masks in zip(images.items(), found):
             started = time.time()

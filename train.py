@@ -18,13 +18,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from figures import Figures
 from sst import checkpoint, distributed, runs
 from sst.check import report
-from sst.config import FIGURES, counted
-from sst.data import Crops, Schedule, first_of, fraction_of, micro_batches, named_paths, open_dataset
+from sst.crops import Crops, Schedule, micro_batches
 from sst.distributed import all_reduce, print0
-from sst.domains import builtin_domain
 from sst.errors import InputError, run_program
 from sst.inference import confusion_of, samples
 from sst.journal import Journal, Step, gradient_shares
@@ -39,10 +36,10 @@ def main():
     place = distributed.start()
     config = runs.configure()
     if config.check:
-        sys.exit(report(runs.stages(config), open_data) if place.rank == 0 else 0)
+        sys.exit(report(runs.stages(config), runs.open_data) if place.rank == 0 else 0)
     stages = runs.stages(runs.placed(config, place.world))
     # What is wrong with the second step's data or masks is found before the first begins.
-    data = [open_data(stage) for stage in stages]
+    data = [runs.open_data(stage) for stage in stages]
     domains = [[dataset.domain for dataset in train_sets] for train_sets, _ in data]
     if len(stages) == 2:
         matrices(stages[1], domains[1], sources=domains[0])
@@ -51,25 +48,6 @@ def main():
             train(stage, stages[-1], train_sets, val_sets, place, interruption)
             distributed.barrier()  # the next step reads what the first process has written
     distributed.stop()
-
-
-def open_data(config):
-    """The training and the validation set of every label domain: of --data, or figures."""
-    size, limits, train_sets, val_sets = config.size or (128, 128), counted(config.limit), [], []
-    for name, path in named_paths(config.data or [f"{name}=figures" for name in config.figures]).items():
-        if path == "figures":
-            # Every domain has its own pictures to train on. Those of validation, of another seed, are shared.
-            domain, offset = builtin_domain(name), FIGURES.index(name) if name in FIGURES else 0
-            train_sets.append(Figures(domain, config.seed, 2000, size, offset, len(FIGURES)))
-            val_sets.append(Figures(domain, 2 ** 31, 80, size))
-        else:
-            train_sets.append(open_dataset(name, path, "train"))
-            val_sets.append(open_dataset(name, path, "val"))
-        if name in limits:
-            train_sets[-1] = first_of(train_sets[-1], limits[name], config.seed)
-    if config.fraction < 1:
-        train_sets = [fraction_of(dataset, config.fraction, config.seed) for dataset in train_sets]
-    return train_sets, val_sets
 
 
 def train(config, run, train_sets, val_sets, place, interruption):

@@ -14,9 +14,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from .data import named_paths, open_dataset
-from .domains import IGNORE
+from .domains import IGNORE, vector
+from .doubts import doubts_of, exchanged
 from .errors import InputError
-from .files import one_line
+from .files import TURNS, one_line, orientation
 
 SHOWN = 20  # entries of a long list that are printed; the rest are counted
 # A pair of classes is proposed for M_intra if it touches in this share of the photos that hold both. A few
@@ -28,9 +29,9 @@ TOUCHING = 0.1
 def report(stages, open_data):
     """Read and print a report on the data of a run's trainings.
 
-    stages: their settings. open_data: of train.py, opens the figures where a stage has no --data. Returns
-    the exit status: 1 where a file cannot be used, else 0. Raises InputError for a --data that is not
-    NAME=PATH.
+    stages: their settings. open_data: opens the figures where a stage has no --data. Returns the exit status:
+    1 where a file cannot be used, or where something looks wrong without --accept, else 0. Raises InputError
+    for a --data that is not NAME=PATH.
     """
     found = []  # of every dataset: title, {split: Tally}, sentences about lists that cannot be opened
     for stage in stages:
@@ -40,15 +41,38 @@ def report(stages, open_data):
                       for train, val in zip(*open_data(stage | {"data": drawn}))]
         photos = [spec for spec in stage.data if spec not in drawn]
         found += [open_lists(name, path) for name, path in named_paths(photos).items()]
-    read = bad = 0
+    read = bad = odd = 0
     for title, tallies, unopened in found:
         for split, tally in tallies.items():
             tally.read(f"{title} {split}", stages[0].workers)
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
+        odd += look_wrong(title, tallies, several=len(found) > 1)
     verdict = f"bad: {bad}, named above" if bad else "none is bad"
+    if odd:
+        way_on = "accepted" if stages[0].accept else "named above; if that is right, give --accept"
+        verdict += f"; looks wrong: {odd}, {way_on}"
     print(f"\n{read} photos and their label maps read; {verdict}")
-    return int(bad > 0)
+    return int(bad > 0 or odd > 0 and not stages[0].accept)
+
+
+def look_wrong(title, tallies, several):
+    """Print what looks wrong in one dataset. Returns how many things.
+
+    several: there are other domains, so that class names need word vectors (M_static).
+    """
+    said = [f"{split}: {sentence}" for split, tally in tallies.items()
+            for sentence in doubts_of(tally.dataset.domain, tally.pixels, "its label maps", split == "train")]
+    if "train" in tallies:
+        domain = tallies["train"].dataset.domain
+        said += exchanged(domain, tallies["train"])
+        without = [name for name in domain.classes if vector(domain, name) is None]
+        if several and without:
+            said.append(f"no word vector: {', '.join(without)}; M_static needs one: give the domain "
+                        '"aliases", or train with --lam 0')
+    if said:
+        some(f"looks wrong: {len(said)}", said)
+    return len(said)
 
 
 def open_lists(name, path):
@@ -72,6 +96,8 @@ class Tally:
     def __init__(self, dataset, missing=()):
         self.dataset, self.listed, self.bad = dataset, len(dataset) + len(missing), list(missing)
         self.sizes = Counter()  # (width, height) -> photos
+        paths = getattr(getattr(dataset, "dataset", dataset), "images", [])
+        self.turned = sum(orientation(path) in TURNS for path in paths)
         self.pixels = np.zeros(256, np.int64)  # of every class id
         Z = dataset.domain.num_classes
         self.together = np.zeros((Z, Z), np.int64)  # photos that hold both classes
@@ -163,6 +189,8 @@ def counts(tallies):
         ignored = 100 * tally.pixels[IGNORE] / max(1, tally.pixels.sum())
         print(f"  {split}: {tally.listed} listed, {sum(tally.sizes.values())} usable; {span(tally.sizes)}; "
               f"{ignored:.2f} % of pixels ignored")
+        if tally.turned:
+            print(f"  {split}: {tally.turned} photos are turned as their EXIF tag says")
         twice = [name for name, n in Counter(names[split]).items() if n > 1]
         if twice:
             some(f"more than once in the {split} list: {len(twice)}", twice)

@@ -17,13 +17,14 @@ from urllib.error import URLError
 
 import torch
 
-from .domains import from_dict
+from .domains import HERE, from_dict
 from .errors import InputError, InputWarning
 from .files import MEAN_COLOUR
 from .model import Arch, ParsingNet
 from .resnet import ResNet
 
 FORMAT = 1
+PACKAGED = HERE / "builtin/parser.pt"  # by tools/train_parser.py; docs/model-card.md says how good it is
 # what last.pt holds beyond a model.pt
 RUN = {"step", "optimizer", "scaler", "best", "counts", "lists", "config"}
 IMAGENET = {  # torchvision's IMAGENET1K_V1 files, by blocks per stage
@@ -153,8 +154,14 @@ def safetensors():
 
 
 def model_file(path):
-    """A file of weights, or the one in a folder: model.pt, or where there is none model.safetensors."""
-    path = Path(path)
+    """A file of weights, or the one in a folder: model.pt, or where there is none model.safetensors.
+
+    None is the file that the package carries. Raises InputError where it carries none.
+    """
+    if path is None and not PACKAGED.is_file():
+        raise InputError(f"{PACKAGED}: no such file; this copy of the package came without its weights: "
+                         "install it again, or give a run's folder or a model.pt")
+    path = Path(path or PACKAGED)
     if not path.is_dir():
         return path
     other = path / "model.safetensors"
@@ -235,14 +242,14 @@ def load_model(path):
                          "beside it")
     domains, weights = domains_of(content, path), content["weights"]
     check_sizes(content["arch"], weights, path)
-    with torch.device("meta"):  # shapes are compared before anything is allocated
-        compare(from_spec(content["arch"], domains, str(path)), weights, path)
-    net = from_spec(content["arch"], domains, str(path))
-    load_weights(net, weights, path)
     for key, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"{path}: {key} holds numbers that are not finite, so that every prediction "
                              "would be nonsense; use another checkpoint of the run")
+    with torch.device("meta"):  # shapes are compared before anything is allocated
+        compare(from_spec(content["arch"], domains, str(path)), weights, path)
+    net = from_spec(content["arch"], domains, str(path))
+    load_weights(net, weights, path)
     net.photos = prepared(content["photos"], path) if "photos" in content else None
     return net.eval(), domains
 

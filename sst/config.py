@@ -84,6 +84,8 @@ SETTINGS = {
                  "scheduler's requeue runs)"),
         row("check", bool, None, None,
             help="train nothing: read every file of the data once, report on it"),
+        row("accept", bool, None, None,
+            help="with --check: what looks wrong is right; status 0 unless a file is bad"),
         row("seed", int, 0, (0, 2 ** 31 - 1),
             help="of initial weights, order and augmentation"),
     ),

@@ -21,7 +21,8 @@ from .errors import InputError
 HERE = Path(__file__).parent
 BUILTIN = tuple(sorted(path.stem for path in (HERE / "builtin").glob("*.json") if path.stem != "colours"))
 IGNORE = 255  # a pixel that no loss, metric or region looks at
-FILE_KEYS = ("images", "labels", "train", "val")  # of a domain.json, read by sst/data.py
+# of a domain.json, read by sst/data.py
+FILE_KEYS = ("images", "labels", "train", "val", "image_suffix", "label_suffix", "label_orientation")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class LabelDomain:
     flip_pairs: pairs of names that change places in a mirrored photo (left arm, right arm).
     adjacency:  pairs of names that touch on the body; None where nobody has said.
     label_map:  class name -> raw labels on disk (integers, or tag names); None where the files hold class
-                ids. Raw labels under "ignore" are ignored pixels.
+                ids. Raw labels under "ignore" are ignored pixels, and so is 255 unless a class has it.
+    colours:    class name -> (r, g, b) in files whose labels are colours; None where they are numbers. Those
+                under "ignore", one or a list of them, are ignored pixels.
+    aliases:    class name -> the word whose vector stands for it in M_static, for names in any language.
     Raises InputError where these contradict each other; `origin` is the file that the message names.
     """
 
@@ -42,6 +46,8 @@ class LabelDomain:
     flip_pairs: tuple = ()
     adjacency: tuple | None = None
     label_map: dict | None = None
+    colours: dict | None = None
+    aliases: dict | None = None
     origin: str = "label domain"
 
     def __post_init__(self):
@@ -76,6 +82,8 @@ class LabelDomain:
 
     def palette(self):
         """(Z, 3) uint8 RGB: related classes of different domains (arms, legs, tops) have related colours."""
+        if self.colours:
+            return np.array([self.colours[name] for name in self.classes], np.uint8)
         chosen = []
         for i, name in enumerate(self.classes):
             known = colours().get(normalised(name))
@@ -88,7 +96,9 @@ class LabelDomain:
 
     def to_dict(self):
         """Plain lists and dicts, for JSON and checkpoints; `from_dict` reads them back."""
-        return {key: value for key, value in asdict(self).items() if key != "origin"}
+        said = {key: value for key, value in asdict(self).items() if key != "origin"}
+        return {key: value for key, value in said.items()
+                if value is not None or key not in ("colours", "aliases")}
 
 
 def from_dict(fields, origin="label domain"):
@@ -96,7 +106,7 @@ def from_dict(fields, origin="label domain"):
     if not isinstance(fields, dict):
         raise InputError(f"{origin}: found {type(fields).__name__}; a label domain is one JSON object with "
                          "name and classes")
-    known = ("name", "classes", "flip_pairs", "adjacency", "label_map")
+    known = ("name", "classes", "flip_pairs", "adjacency", "label_map", "colours", "aliases")
     unknown = [key for key in fields if key not in known + FILE_KEYS]
     if unknown:
         raise InputError(f"{origin}: unknown key '{unknown[0]}'; known are {', '.join(known + FILE_KEYS)}")
@@ -105,8 +115,13 @@ def from_dict(fields, origin="label domain"):
             raise InputError(f"{origin}: '{key}' is missing; a label domain needs a name and its classes in "
                              "id order")
     for key in FILE_KEYS:
-        if key in fields and not isinstance(fields[key], str):
-            raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a path relative to this file")
+        share = key == "val" and is_share(fields.get(key))
+        if key in fields and not isinstance(fields[key], str) and not share:
+            raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be "
+                             + WANTED.get(key, "a path relative to this file"))
+    if fields.get("label_orientation") not in (None, "stored", "upright"):
+        raise InputError(f"{origin}: 'label_orientation' is {fields['label_orientation']!r}; it must be "
+                         + WANTED["label_orientation"])
     for key in ("classes", "flip_pairs", "adjacency"):
         if fields.get(key) is not None and not isinstance(fields[key], (list, tuple)):
             raise InputError(f"{origin}: '{key}' is {fields[key]!r}; it must be a list")
@@ -114,7 +129,19 @@ def from_dict(fields, origin="label domain"):
                                                              for p in fields[key]) for key in known[2:4]}
     flip_pairs, adjacency = pairs["flip_pairs"] or (), pairs["adjacency"]
     return LabelDomain(fields["name"], tuple(fields["classes"]), flip_pairs, adjacency,
-                       fields.get("label_map"), str(origin))
+                       fields.get("label_map"), fields.get("colours"), fields.get("aliases"),
+                       str(origin))
+
+
+WANTED = {"val": "a path relative to this file, or the share of the photos between 0 and 1 that validates",
+          "image_suffix": 'what stands between an id and its ending, such as "_photo"',
+          "label_suffix": 'what stands between an id and its ending, such as "_mask"',
+          "label_orientation": '"stored" where labels lie as the photo is stored, or "upright" where they '
+                               "lie as viewers show it"}
+
+
+def is_share(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
 
 
 def check(domain):
@@ -154,6 +181,10 @@ def check(domain):
                              "class only")
     if domain.label_map is not None:
         check_label_map(domain)
+    if domain.colours is not None:
+        check_colours(domain)
+    if domain.aliases is not None:
+        check_aliases(domain)
 
 
 def check_label_map(domain):
@@ -174,9 +205,9 @@ def check_label_map(domain):
     for name, raws in domain.label_map.items():
         for raw in raws:
             whole = isinstance(raw, int) and not isinstance(raw, bool)
-            if not isinstance(raw, str) and not (whole and 0 <= raw < IGNORE):
+            if not isinstance(raw, str) and not (whole and 0 <= raw <= 255):
                 raise InputError(f"{where}: raw label {raw!r} of class '{name}' is neither a tag name nor an "
-                                 f"integer from 0 to {IGNORE - 1} ({IGNORE} is always ignored)")
+                                 "integer from 0 to 255")
             if raw in owner:
                 raise InputError(f"{where}: raw label {raw!r} is listed twice, in class '{owner[raw]}' and "
                                  f"in class '{name}'; keep one")
@@ -184,6 +215,49 @@ def check_label_map(domain):
     if len({type(raw) for raw in owner}) > 1:
         raise InputError(f"{where}: label_map mixes tag names and integers; use the kind that the label "
                          "files hold")
+
+
+def check_colours(domain):
+    where, owner = domain.origin, {}
+    if domain.label_map is not None:
+        raise InputError(f"{where}: holds label_map and colours; labels are numbers or colours, keep one")
+    if not isinstance(domain.colours, dict):
+        raise InputError(f'{where}: colours must map every class to its colour, {{"class": [r, g, b]}}')
+    for name in [*domain.colours, *domain.classes]:
+        if name not in domain.classes and name != "ignore":
+            raise InputError(f"{where}: colours names '{name}', which is not a class; classes are "
+                             f"{', '.join(domain.classes)}")
+        if name not in domain.colours:
+            raise InputError(f"{where}: colours lacks class '{name}'; every class needs one")
+        for colour in colours_of(domain, name):
+            if not (isinstance(colour, (list, tuple)) and len(colour) == 3
+                    and all(type(v) is int and 0 <= v <= 255 for v in colour)):
+                raise InputError(f"{where}: the colour of '{name}' is {colour!r}; write [red, green, blue], "
+                                 "each from 0 to 255")
+            if owner.setdefault(tuple(colour), name) != name:
+                raise InputError(f"{where}: '{name}' has the colour of '{owner[tuple(colour)]}', "
+                                 f"{list(colour)}; every class needs one of its own")
+
+
+def colours_of(domain, name):
+    """The colours of a class, or those that are ignored, in a list."""
+    value = domain.colours[name]
+    several = name == "ignore" and isinstance(value, (list, tuple)) and all(
+        isinstance(v, (list, tuple)) for v in value)
+    return value if several else [value]
+
+
+def check_aliases(domain):
+    where = domain.origin
+    if not isinstance(domain.aliases, dict):
+        raise InputError(f'{where}: aliases must map class names to English words, {{"Kopf": "head"}}')
+    for name, word in domain.aliases.items():
+        if name not in domain.classes:
+            raise InputError(f"{where}: aliases names '{name}', which is not a class; classes are "
+                             f"{', '.join(domain.classes)}")
+        if not isinstance(word, str) or normalised(word) not in vocabulary():
+            raise InputError(f"{where}: the alias of '{name}' is {word!r}, which has no word vector; take "
+                             "one of the words of tools/make_label_vectors.py")
 
 
 def read_class_map(file, head, domain):
@@ -324,6 +398,11 @@ def vocabulary():
         return dict(zip(file["names"].tolist(), vectors))
 
 
+def vector(domain, name):
+    """The word vector of a class, (384,), or None."""
+    return vocabulary().get(normalised((domain.aliases or {}).get(name, name)))
+
+
 def word_similarity(a, b):
     """M_static of Eq. 8: (Z_a, Z_b) float32, cosine similarity of the class names' word embeddings.
 
@@ -332,11 +411,11 @@ def word_similarity(a, b):
     def embed(domain):
         rows = []
         for name in domain.classes:
-            row = vocabulary().get(normalised(name))
+            row = vector(domain, name)
             if row is None:
-                raise InputError(f"{domain.origin}: class '{name}' has no word vector; add it to the word "
-                                 "list of tools/make_label_vectors.py and run that, rename the class, or "
-                                 "give a matrix of your own: --masks FILE.json")
+                raise InputError(f"{domain.origin}: class '{name}' has no word vector; name a word that has "
+                                 f'one, "aliases": {{"{name}": "hat"}}, or train with --lam 0, or give a '
+                                 "matrix of your own: --masks FILE.json")
             rows.append(row)
         return torch.from_numpy(np.stack(rows))
     return embed(a) @ embed(b).T

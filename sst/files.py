@@ -1,8 +1,6 @@
-"""The pixels of one file: how a photo or a label map is decoded, and how pixels get another size."""
+"""The pixels of a photo: how its file is decoded, and how pixels get another size."""
 
-import json
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +26,21 @@ def one_line(error):
 
 
 def read_image(path, size=None):
-    """The pixels of a photo as stored, (H, W, 3) uint8 RGB; grey, palette, CMYK and 16-bit files too.
+    """A photo's pixels (H, W, 3) uint8 RGB, turned as EXIF says; grey, palette, CMYK and 16-bit files too.
 
+    Also its full size (h, w) when turned, and its EXIF orientation, 1 where there is none.
     size: (H, W) that it will be fitted into. A JPEG of more than four times that size is then decoded at a
     half, a quarter or an eighth of its size, which is several times faster. It keeps at least twice the size
     that is needed, so that what remains of the shrinking is smooth. Raises InputError.
     """
     try:
         with Image.open(path) as image:
+            turn = image.getexif().get(ORIENTATION, 1)
+            w, h = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
             if size is not None and image.format == "JPEG":
-                scale = 2 * min(size[0] / image.height, size[1] / image.width)
-                image.draft(image.mode, (math.ceil(scale * image.width), math.ceil(scale * image.height)))
-            return rgb(image)
+                scale = 2 * min(size[0] / h, size[1] / w)
+                image.draft(image.mode, tuple(math.ceil(scale * side) for side in image.size))
+            return rgb(upright(image)), (h, w), turn
     except UNREADABLE as error:
         raise InputError(f"{path}: not a readable photo ({one_line(error)}); replace the file or take its id "
                          f"off the list") from None
@@ -75,137 +76,25 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
+def orientation(path):
+    """The EXIF orientation of a photo's file, 1 for none; also for a file that is no photo."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ORIENTATION, 1)
+    except UNREADABLE:
+        return 1
+
+
+def oriented(array, turn):
+    """An array (h, w) turned as an image of that EXIF orientation is."""
+    return np.array(Image.fromarray(array).transpose(TURNS[turn]))
+
+
 def rgb(image):
     """The pixels of a PIL image of any mode, (H, W, 3) uint8."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
-
-
-# Label maps -----------------------------------------------------------------------------------------------
-
-
-def read_label(path, domain):
-    """The label map of a PNG or .mat file, (H, W) uint8: class ids of `domain`, 255 ignored.
-
-    A PNG is grey or has a palette. Raises InputError for a file that holds anything else.
-    """
-    raw = read_mat_label(path) if Path(path).suffix == ".mat" else read_png(path)
-    lookup, allowed = lookup_table(domain, tag_list(path) if holds_tags(domain) else None)
-    label = lookup[raw]
-    if (label < 0).any():
-        found = int(raw[label < 0][0])
-        if domain.label_map is None:
-            raise InputError(f"{path}: class id {found} found; domain '{domain.name}' has ids {allowed}, and "
-                             f"{IGNORE} for ignored pixels; correct the file, or give the domain a label_map "
-                             f"from raw labels to classes")
-        raise InputError(f"{path}: raw label {found} found, which label_map of domain '{domain.name}' puts "
-                         f"in no class; mapped are {allowed}, and {IGNORE} is ignored; add {found} to a "
-                         f"class")
-    return label.astype(np.uint8)
-
-
-def read_png(path):
-    """The numbers of a single-channel PNG, (H, W) uint8; raises InputError."""
-    try:
-        with Image.open(path) as image:
-            if image.mode == "L" and bit_depth(path) < 8:
-                raise InputError(f"{path}: a grey PNG of {bit_depth(path)} bits, whose ids readers stretch "
-                                 f"to 0..255; save label maps with 8 bits a pixel")
-            if image.mode not in ("L", "P"):
-                raise InputError(f"{path}: a label map of colour mode {image.mode}; label maps are "
-                                 f"single-channel PNGs (grey, L, or palette, P) that hold class ids, so "
-                                 f"export it as such")
-            return np.array(image)
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable label map ({one_line(error)}); replace the file or take "
-                         f"its id off the list") from None
-
-
-def bit_depth(path):
-    """Bits per sample of a PNG (byte 24 of the file)."""
-    with open(path, "rb") as file:
-        return file.read(25)[24]
-
-
-def read_mat_label(path):
-    """The array 'groundtruth' of a MATLAB file, (H, W) uint8; raises InputError."""
-    raw = read_mat(path, "groundtruth")
-    if raw.ndim != 2 or not np.isin(raw, range(256)).all():
-        raise InputError(f"{path}: 'groundtruth' is no label map (shape {raw.shape}, values {raw.min()} to "
-                         f"{raw.max()}); it must be (H, W) of whole numbers from 0 to 255")
-    return raw.astype(np.uint8)
-
-
-def mat_reader(path):
-    """scipy's loadmat; raises InputError where scipy is missing, naming the file that needs it."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError(f"{path}: reading MATLAB files needs scipy; run: pip install scipy") from None
-    return loadmat
-
-
-def read_mat(path, key):
-    """One array of a MATLAB file; raises InputError."""
-    loadmat = mat_reader(path)
-    try:
-        return loadmat(path)[key]
-    except Exception as error:  # scipy raises whatever a broken file leads it to
-        raise InputError(f"{path}: not a readable MATLAB file with '{key}' ({one_line(error)}); fetch it "
-                         f"again") from None
-
-
-def holds_tags(domain):
-    """Whether the label_map of a domain names tags, as Clothing Co-Parsing does, and not numbers."""
-    return domain.label_map is not None and any(isinstance(raw, str) for raws in domain.label_map.values()
-                                                for raw in raws)
-
-
-def tag_list(path):
-    """The tag names of Clothing Co-Parsing in id order, from label_list.mat in a folder above the label."""
-    for folder in Path(path).absolute().parents[:4]:
-        if (folder / "label_list.mat").is_file():
-            return read_tags(folder / "label_list.mat")
-    raise InputError(f"{path}: the domain's label_map has tag names, but no label_list.mat lies in a folder "
-                     f"above; use integers for PNG labels")
-
-
-@cache
-def read_tags(path):
-    return tuple(str(tag[0]) for tag in read_mat(path, "label_list").ravel())
-
-
-def lookup_table(domain, tags):
-    """(256,) int16 from raw label to class id, -1 where it has none, and what is allowed, in words.
-
-    tags: names in id order where the domain's label_map holds names, else None. Raises InputError.
-    """
-    return cached_lookup_table(domain.name, domain.classes, json.dumps(domain.label_map), tags)
-
-
-@cache
-def cached_lookup_table(name, classes, label_map, tags):
-    lookup = np.full(256, -1, np.int16)
-    label_map = json.loads(label_map)
-    if label_map is None:
-        lookup[:len(classes)] = np.arange(len(classes))
-        allowed = f"0 to {len(classes) - 1}"
-    else:
-        ids = {"ignore": IGNORE} | {class_name: i for i, class_name in enumerate(classes)}
-        for class_name, raws in label_map.items():
-            for raw in raws:
-                if isinstance(raw, str):
-                    if raw not in tags:
-                        raise InputError(f"domain '{name}': label_map names the tag '{raw}', which "
-                                         f"label_list.mat lacks; its tags are {', '.join(tags)}")
-                    raw = tags.index(raw)
-                lookup[raw] = ids[class_name]
-        allowed = ", ".join(map(str, np.flatnonzero(lookup >= 0)))
-    lookup[IGNORE] = IGNORE
-    return lookup, allowed
 
 
 # Another size ---------------------------------------------------------------------------------------------

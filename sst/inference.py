@@ -3,11 +3,10 @@
 Every photo goes one way: onto the network's canvas, through the network, and from the canvas to its own size.
 
     import sst
-    parser = sst.load("model.pt")
+    parser = sst.load()                                      # the package's weights, or sst.load("model.pt")
     masks = parser("photo.jpg")                              # {domain: (h, w) class ids}
     skirt = parser.mask(masks, "cihp: dress, skirt")         # (h, w) bool
 """
-
 
 import numpy as np
 import torch
@@ -132,7 +131,8 @@ def samples(net, datasets, size=None, skip_bad=False, count=3):
 class Parser:
     """A trained human parser: a photo in, a label map of each of its label domains out.
 
-    path: a run folder, whose model.pt is read, a model.pt or best.pt, or a folder with model.safetensors.
+    path: a run folder, whose model.pt is read, a model.pt or best.pt, or a folder with model.safetensors. By
+    default the weights that the package carries.
     device: "cpu", "cuda", ...; by default a GPU where there is one. half: compute in half precision, on a
     GPU.
     size: (H, W) that the whole photo is fitted into for the network, as training with --size does.
@@ -141,7 +141,7 @@ class Parser:
     `domains` is {name: LabelDomain}. Raises InputError.
     """
 
-    def __init__(self, path, size=None, max_side=None, device=None, half=False):
+    def __init__(self, path=None, size=None, max_side=None, device=None, half=False):
         if size is not None and max_side is not None:
             raise InputError(f"size {size} and max_side {max_side}: give one of them")
         path = model_file(path)
@@ -165,16 +165,14 @@ class Parser:
         photo and label maps are upright, as viewers show the photo. Raises InputError for what is no photo
         and for a domain that there is not.
         """
-        for name in domains or ():
-            if name not in self.domains:
-                raise InputError(f"domains: '{name}' is none of {', '.join(self.domains)}")
+        domains = list(self.chosen(domains))
         if not isinstance(images, (list, tuple)):
             return self([images], domains, probabilities, batch_size)[0]
         results = [None] * len(images)
         waiting = {}  # {size of the canvas: [(place, photo's size, canvas, box), ...]}
         for place, image in enumerate(images):
             image = pixels(image)
-            canvas, box = on_canvas(image, self.size or self.shrunk(image))
+            canvas, box = self.canvas(image)
             alike = waiting.setdefault(canvas.shape, [])
             alike.append((place, image.shape[:2], canvas, box))
             if len(alike) == batch_size:
@@ -183,10 +181,19 @@ class Parser:
             self.parse(alike, domains, probabilities, results)
         return results
 
-    def shrunk(self, image):
-        """The size (H, W) of a photo of at most max_side pixels."""
+    def chosen(self, names=None):
+        """{name: LabelDomain} of those names, or of all; raises InputError for one that there is not."""
+        for name in names or ():
+            if name not in self.domains:
+                raise InputError(f"domains: '{name}' is none of {', '.join(self.domains)}")
+        return {name: self.domains[name] for name in names or self.domains}
+
+    def canvas(self, image):
+        """A photo (h, w, 3) uint8 as the network sees it, (H, W, 3) uint8, and its box there."""
+        if self.size:
+            return on_canvas(image, self.size)
         scale = min(1, self.max_side / max(image.shape[:2]))
-        return tuple(max(1, round(scale * n)) for n in image.shape[:2])
+        return on_canvas(image, tuple(max(1, round(scale * n)) for n in image.shape[:2]))
 
     def parse(self, alike, domains, probabilities, results):
         """Put the label maps, or probabilities, of photos whose canvases have one size in their places."""

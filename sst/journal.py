@@ -3,13 +3,15 @@
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
 from . import distributed
 from .distributed import all_reduce, gather, print0
-from .errors import InputError
+from .doubts import doubts
+from .errors import InputError, InputWarning
 from .losses import L_u
 from .modules import centred_cosine, effective_rank, row_cosine
 from .runs import open_log
@@ -102,6 +104,10 @@ class Journal:
         print0(f"{kept:,} parameters are kept, {dropped:,} of SST{source} are dropped after training; "
                f"{config.steps} steps of {images} images; device {place.device}, {place.world} "
                f"process{'es' * (place.world > 1)}")
+        if distributed.first():
+            for dataset in (*train_sets, *val_sets):
+                for sentence in doubts(dataset, training=dataset in train_sets):
+                    warnings.warn(sentence, InputWarning, stacklevel=2)
         if config.resume and path:
             print0(f"goes on after step {self.at.step} ({path})")
         elif config.resume:

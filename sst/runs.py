@@ -12,9 +12,13 @@ from pathlib import Path
 
 import torch
 
+from figures import Figures
+
 from . import checkpoint, config as settings, distributed
-from .config import names
+from .config import FIGURES, counted, names
+from .data import Part, first_of, fraction_of, named_paths, open_dataset
 from .distributed import broadcast, compiler_fault, print0, recall, remember
+from .domains import builtin_domain
 from .errors import InputError
 from .scenarios import build
 
@@ -186,6 +190,30 @@ def write_config(config):
     if distributed.first():
         with writable(config.out), checkpoint.written_whole(Path(config.out) / "config.json") as file:
             file.write((json.dumps(vars(config), indent=1) + "\n").encode())
+
+
+def open_data(config):
+    """The training and the validation set of every label domain: of --data, or figures."""
+    size, limits, train_sets, val_sets = config.size or (128, 128), counted(config.limit), [], []
+    for name, path in named_paths(config.data or [f"{name}=figures" for name in config.figures]).items():
+        if path == "figures":
+            # Every domain has its own pictures to train on. Those of validation, of another seed, are shared.
+            domain, offset = builtin_domain(name), FIGURES.index(name) if name in FIGURES else 0
+            train_sets.append(Figures(domain, config.seed, 2000, size, offset, len(FIGURES)))
+            val_sets.append(Figures(domain, 2 ** 31, 80, size))
+        else:
+            train_sets.append(open_dataset(name, path, "train"))
+            try:
+                val_sets.append(open_dataset(name, path, "val"))
+            except InputError:
+                if config.validations:
+                    raise
+                val_sets.append(Part(train_sets[-1], []))  # nobody asks for it
+        if name in limits:
+            train_sets[-1] = first_of(train_sets[-1], limits[name], config.seed)
+    if config.fraction < 1:
+        train_sets = [fraction_of(dataset, config.fraction, config.seed) for dataset in train_sets]
+    return train_sets, val_sets
 
 
 # The model, and going on ------------------------------------------------------------------------------------

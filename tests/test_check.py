@@ -44,9 +44,10 @@ def dataset(root, train, val, **fields):
 
 @pytest.fixture
 def check(monkeypatch, capsys):
-    """Run train.py --check: its exit status and what it prints."""
-    def run(*flags, workers=0):
+    """Run train.py --check: its exit status and what it prints. Tiny label maps never hold every class."""
+    def run(*flags, workers=0, accept=True):
         listing.cache_clear()
+        flags = [*flags, "--accept"] if accept else flags
         flags = [*flags, "--workers", workers] if workers is not None else flags
         monkeypatch.setattr(sys, "argv", ["train.py", "--check", *map(str, flags)])
         with pytest.raises(SystemExit) as end:
@@ -84,9 +85,12 @@ mine={root}
   ["hat", "hair"], ["hair", "face"]
  ]
   bad files: 0
+  looks wrong: 1
+    train: domain 'mine': its label maps never hold shoe
 
-4 photos and their label maps read; none is bad
+4 photos and their label maps read; none is bad; looks wrong: 1, accepted
 """
+    assert check("--data", f"mine={root}", accept=False)[0] == 1
 
 
 def test_touching_is_side_by_side_or_one_above_the_other():
@@ -207,7 +211,7 @@ def test_both_lists_of_source_and_target(tmp_path, check):
 
 
 def test_the_figures_whatever_the_number_of_processes(tmp_path, check, monkeypatch):
-    monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
+    monkeypatch.setattr(runs.Figures, "__len__", lambda self: 5)
     monkeypatch.chdir(tmp_path)
     status, out = check("--size", "48x40", workers=0)
     assert status == 0 and out.count("train: 5 listed, 5 usable; all 40x48; 0.00 % of pixels ignored") == 3

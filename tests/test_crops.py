@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sst.data import Crops, Schedule, augment, collate, flip_table
+from sst.crops import Crops, Schedule, augment, collate, flip_table
 from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from figures import Figures

@@ -92,11 +92,13 @@ def test_label_map_translates_raw_labels(tmp_path):
     assert (label == np.array([0, 2, 1, 1])[np.arange(24).reshape(4, 6) % 4]).all()
 
 
-def test_255_is_ignored_whatever_the_domain_says(tmp_path):
+def test_255_is_ignored_unless_a_class_has_it(tmp_path):
     label_map = {"background": [0], "hat": [2], "shoe": [1], "bag": [3]}
     root = write(own(tmp_path / "d", label_map=label_map), *OWN)
     Image.fromarray(np.full((4, 6), 255, np.uint8)).save(root / "labels" / "a.png")
     assert (open_dataset("mine", root).load(0)[1] == 255).all()
+    own(root, label_map=label_map | {"shoe": [255]})
+    assert (open_dataset("mine", root).load(0)[1] == 2).all()
 
 
 def ccp(root, tags=("null", "hair", "skin", "t-shirt")):

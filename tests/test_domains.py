@@ -149,7 +149,7 @@ def test_vocabulary_covers_every_builtin_class_and_raw_tag_in_300_KB():
 
 
 def test_a_word_without_vector_is_named_with_the_fix():
-    with pytest.raises(InputError, match="class 'qwertz' has no word vector; add it to .*make_label_vectors"):
+    with pytest.raises(InputError, match="class 'qwertz' has no word vector; name a word .*--lam 0"):
         word_similarity(LabelDomain("x", ("background", "qwertz")), builtin_domain("pascal"))
 
 
@@ -185,8 +185,18 @@ def test_a_domain_without_adjacency_says_what_to_do():
     ({"label_map": {"hat": [1]}}, "label_map lacks class 'background'"),
     ({"label_map": {"background": [0], "left hand": [1], "right hand": [1], "hat": [2]}},
      "raw label 1 is listed twice, in class 'left hand' and in class 'right"),
-    ({"label_map": {"background": [255], "left hand": [1], "right hand": [3], "hat": [2]}},
-     "255 is always ignored"),
+    ({"label_map": {"background": [256], "left hand": [1], "right hand": [3], "hat": [2]}},
+     "neither a tag name nor an integer from 0 to 255"),
+    ({"colours": {"background": [0, 0, 0]}}, "colours lacks class 'left hand'"),
+    ({"colours": {"background": [0, 0, 0], "left hand": [1, 1, 256], "right hand": [2, 2, 2],
+                  "hat": [3, 3, 3]}}, "the colour of 'left hand' is [1, 1, 256]; write"),
+    ({"colours": {"background": [0, 0, 0], "left hand": [1, 1, 1], "right hand": [1, 1, 1],
+                  "hat": [3, 3, 3]}}, "'right hand' has the colour of 'left hand'"),
+    ({"colours": {"background": [0, 0, 0]}, "label_map": {"background": [0], "left hand": [1],
+                                                          "right hand": [3], "hat": [2]}},
+     "holds label_map and colours; labels are numbers or colours"),
+    ({"aliases": {"mitten": "glove"}}, "aliases names 'mitten', which is not a class"),
+    ({"aliases": {"hat": "qwertz"}}, "the alias of 'hat' is 'qwertz', which has no word vector"),
     ({"label_map": {"background": [True], "left hand": [1], "right hand": [3], "hat": [2]}},
      "neither a tag name nor an integer"),
     ({"label_map": {"background": ["null"], "left hand": [1], "right hand": [], "hat": []}},

@@ -20,7 +20,8 @@ def test_photos_of_every_colour_mode_become_rgb(tmp_path, mode):
         image = Image.fromarray(grey).convert(mode)
         path = tmp_path / ("x.jpg" if mode in ("L", "CMYK") else "x.png")
     image.save(path)
-    pixels = read_image(path)
+    pixels, size, turn = read_image(path)
+    assert size == (4, 6) and turn == 1
     assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8
     difference = abs(pixels.astype(int) - (255 if mode == "1" else 200)).max()
     assert difference <= (60 if mode == "P" else 2) or mode == "1"

@@ -251,7 +251,6 @@ def test_refused_before_any_photo_is_read(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for arguments, message in (
             ([], "nothing to do; give photos"),
-            ([photos], "--out is missing"),
             ([photos, tmp_path / "none.jpg", "--out", tmp_path / "out"], "none.jpg: no such file or folder"),
             ([photos / "empty", "--out", tmp_path / "out"], r"empty: no photo in this folder \(.jpg"),
             ([photos, "--out", photos], "--out .*photos: is a folder of photos"),
@@ -262,8 +261,10 @@ def test_refused_before_any_photo_is_read(model, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             run(monkeypatch, model, *arguments)
     assert files(tmp_path) == ["file", "photos/a.mine.png", "photos/a.png"], "nothing was written"
-    with pytest.raises(InputError, match="no such file; give a model.pt or best.pt"):
-        run(monkeypatch, tmp_path, photos, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="none.pt: no such file; give a model.pt or best.pt"):
+        run(monkeypatch, tmp_path / "none.pt", photos, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="--int8 without --export: it is a kind of export"):
+        run(monkeypatch, model, photos, "--int8", photos)
 
 
 def test_export_says_what_it_lacks(model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from test_train import ROOT, SHORT, lines
 
 import train
 from figures import Figures
-from sst import checkpoint
+from sst import checkpoint, runs
 from sst.checkpoint import inherit
 from sst.runs import configure, stages
 from sst.data import fraction_of
@@ -103,7 +103,7 @@ def target_only(source, tmp_path):
     out = tmp_path / "two"
     config = restored(json.loads((source / "config.json").read_text())) | {
         "figures": ["atr", "cihp"], "out": str(out), "scale": (0.8, 1.25), "steps": 1}
-    train.train(config, config, *train.open_data(config), Place(0, 1, torch.device("cpu")), Interruption())
+    train.train(config, config, *runs.open_data(config), Place(0, 1, torch.device("cpu")), Interruption())
     return out
 
 

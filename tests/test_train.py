@@ -14,7 +14,7 @@ import train
 from figures import Figures
 from sst import checkpoint, optim, runs, scenarios
 from sst.config import FIGURES, preset
-from sst.data import Crops, Schedule, collate
+from sst.crops import Crops, Schedule, collate
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.journal import gradient_shares
@@ -270,7 +270,7 @@ torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 import train
-train.Figures.__len__ = lambda self: min(self.count, 6)  # a short validation
+train.runs.Figures.__len__ = lambda self: min(self.count, 6)  # a short validation
 train.main()
 """
 

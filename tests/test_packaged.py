@@ -1,0 +1,107 @@
+"""The weights that the package carries: a photo's label maps without training, a model or a network.
+
+How good they are on photos is in docs/model-card.md; drawn figures are here, which every clone has.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import sst
+from figures import Figures
+from sst import checkpoint
+from sst.domains import builtin_domain
+from sst.errors import InputError
+from sst.metrics import confusion, scores
+
+ROOT = Path(__file__).parent.parent
+DOMAINS = ["ccp-coarse", "ccp-middle", "ccp-fine", "pascal", "atr", "cihp"]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return sst.load()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    image, _ = Figures(builtin_domain("atr"), 7, 1, (120, 80)).load(0)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_file_of_ten_megabytes_with_six_label_sets(parser, photo):
+    assert checkpoint.PACKAGED.stat().st_size < 10e6
+    assert list(parser.domains) == DOMAINS and parser.size == (288, 192)
+    assert all(w.dtype == torch.float32 for w in parser.net.parameters()), "only the file is halved"
+    masks = parser(photo)
+    assert list(masks) == DOMAINS and all(mask.shape == (120, 80) for mask in masks.values())
+
+
+@pytest.mark.parametrize("name, least", [("pascal", 50), ("atr", 25), ("cihp", 25)])
+def test_it_parses_figures_that_it_was_not_trained_on(parser, name, least):
+    data = Figures(builtin_domain(name), 2 ** 31, 12, parser.size)
+    Z = data.domain.num_classes
+    matrix = sum(confusion(parser(image, [name])[name], label, Z)
+                 for image, label in (data.load(i) for i in range(len(data))))
+    assert scores(matrix)["miou"] > least
+
+
+def test_masks_across_label_sets(parser, photo):
+    masks = parser(photo)
+    sleeves = parser.mask(masks, "atr: upper-clothes, dress & pascal: upper arms, lower arms")
+    arms = np.isin(masks["pascal"], [3, 4])
+    assert (sleeves == (arms & np.isin(masks["atr"], [4, 7]))).all()
+
+
+def test_predict_without_a_model(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    photo.rename(tmp_path / "folder/photo.png")
+    for first in ("folder/photo.png", "folder"):
+        monkeypatch.setattr(sys, "argv", ["predict.py", first, "--domains", "atr", "cihp"])
+        predict.main()
+        printed = capsys.readouterr().out
+        assert "results of 1 photos are in predictions" in printed and "ccp-coarse (7 classes)" in printed
+    results = {f"photo.{name}.{end}" for name in ("atr", "cihp") for end in ("png", "overlay.jpg")}
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == results | {"photo.all.jpg"}
+    found = np.array(Image.open(tmp_path / "predictions/photo.atr.png"))
+    assert (found == sst.load()("folder/photo.png")["atr"]).all()
+
+
+def test_a_folder_of_a_run_is_no_folder_of_photos(photo, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "run"), str(photo)])
+    with pytest.raises(InputError, match="run/model.pt: no such file; give a model.pt or best.pt"):
+        predict.main()
+
+
+def test_domains_that_it_does_not_have(photo, monkeypatch):
+    for flags in (["--domains", "lip"], ["--domains", "atr", "--numbering", "cihp=viton-hd"]):
+        monkeypatch.setattr(sys, "argv", ["predict.py", str(photo), "--out", "none", *flags])
+        with pytest.raises(InputError, match="'lip' is none of ccp-coarse|DOMAIN being one of atr"):
+            predict.main()
+
+
+def test_torch_hub_finds_it(parser, photo):
+    by_hub = torch.hub.load(str(ROOT), "parser", source="local")
+    assert (by_hub(photo)["cihp"] == parser(photo)["cihp"]).all()
+
+
+def test_a_package_without_its_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path / "parser.pt")
+    with pytest.raises(InputError, match="parser.pt: no such file; this copy of the package came without"):
+        sst.load()
+
+
+def test_it_needs_three_lines(photo):
+    code = "import sst, sys\nparser = sst.load()\nprint(sorted(parser(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", code, photo], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(sorted(DOMAINS)), done.stderr
