@@ -229,14 +229,24 @@ def classes(domain, tallies):
         print(f"  never in {split}: {', '.join(never) or 'none'}")
 
 
+def pairs_of(Z):
+    """All pairs (a, b) of class ids, a < b, without the background."""
+    return [(a, b) for a in range(1, Z) for b in range(a + 1, Z)]
+
+
+def touching_often(tally):
+    """{(a, b)}: the pairs of class ids that are proposed for M_intra."""
+    return {pair for pair in pairs_of(len(tally.together))
+            if tally.touching[pair] >= max(1, TOUCHING * tally.together[pair])}
+
+
 def adjacency(domain, tally):
     """Print where M_intra and the training labels disagree, and an adjacency list for a domain.json.
 
     The background is left out.
     """
     touch, both, names = tally.touching, tally.together, domain.classes
-    pairs = [(a, b) for a in range(1, len(names)) for b in range(a + 1, len(names))]
-    often = {pair for pair in pairs if touch[pair] >= max(1, TOUCHING * both[pair])}
+    pairs, often = pairs_of(len(names)), touching_often(tally)
 
     def listed(heading, chosen):
         chosen = sorted(chosen, key=lambda pair: (pair not in often, -touch[pair], -both[pair], pair))
