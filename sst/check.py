@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from .domains import IGNORE, vector
 from .doubts import doubts_of, exchanged
 from .errors import InputError
 from .files import TURNS, one_line, orientation
+from .plots import save_check, scaled
 
 SHOWN = 20  # entries of a long list that are printed; the rest are counted
 # A pair of classes is proposed for M_intra if it touches in this share of the photos that hold both. A few
@@ -48,6 +50,12 @@ def report(stages, open_data):
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
         odd += look_wrong(title, tallies, several=len(found) > 1)
+    picture = Path(stages[-1].out or ".") / "check.png"
+    entries = [picture_of(tallies) for _, tallies, _ in found if tallies]
+    if entries:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        save_check(entries, picture)
+        print(f"\npicture: {picture}")
     verdict = f"bad: {bad}, named above" if bad else "none is bad"
     if odd:
         way_on = "accepted" if stages[0].accept else "named above; if that is right, give --accept"
@@ -73,6 +81,21 @@ def look_wrong(title, tallies, several):
     if said:
         some(f"looks wrong: {len(said)}", said)
     return len(said)
+
+
+def picture_of(tallies):
+    """What `save_check` draws of a dataset: of its training list, or of the only one that could be opened."""
+    tally = tallies.get("train") or tallies["val"]
+    data, pictures = tally.dataset, []
+    for i in np.linspace(0, len(data) - 1, min(4, len(data))).astype(int):
+        try:
+            image, label = data.load(i)
+        except Exception:  # it is among the bad files
+            continue
+        pictures.append(scaled(image, {"": label}, 320))
+    pictures = [(image, labels[""]) for image, labels in pictures]
+    share = np.where(tally.together > 0, tally.touching / np.maximum(tally.together, 1), np.nan)
+    return data.domain, pictures, tally.pixels[:data.domain.num_classes], share
 
 
 def open_lists(name, path):

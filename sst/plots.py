@@ -48,24 +48,36 @@ def scaled(image, labels, side):
             {name: resize(label, Image.Resampling.NEAREST) for name, label in labels.items()})
 
 
+def font_file():
+    """A font that knows more scripts than Pillow's own: matplotlib's."""
+    from matplotlib import get_data_path
+    return f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+
+def written(name, k):
+    """A class name, or its id where the font lacks the script."""
+    from matplotlib.ft2font import FT2Font
+    font = FT2Font(font_file())
+    return name if all(font.get_char_index(ord(letter)) for letter in name) else f"class {k}"
+
+
 def overlay(image, label, domain):
     """The photo under the colours of its classes, and their names on the right: (H', W', 3) uint8.
 
     The background stays as it is. A class's pixels keep their brightness alone, so that its colour is the
     legend's. Names of classes that the label map lacks are grey.
     """
-    from matplotlib import get_data_path
-    # This font knows more scripts than Pillow's own.
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
+    font = ImageFont.truetype(font_file(), 13)
+    names = [written(name, k) for k, name in enumerate(domain.classes)]
     brightness = image.mean(axis=2, keepdims=True)
     blend = np.where(label[..., None] > 0, 0.4 * brightness + 0.6 * colourise(label, domain), image)
     line = 18
-    width = 40 + round(max(font.getlength(name) for name in (domain.name, *domain.classes)))
+    width = 40 + round(max(font.getlength(name) for name in (domain.name, *names)))
     legend = Image.new("RGB", (width, max(len(image), line * domain.num_classes + 14)), "white")
     draw = ImageDraw.Draw(legend)
     draw.text((10, 7), domain.name, "black", font)
     present = set(np.unique(label).tolist())
-    for i, (name, colour) in enumerate(zip(domain.classes, domain.palette().tolist())):
+    for i, (name, colour) in enumerate(zip(names, domain.palette().tolist())):
         if i > 0:
             top = line * i + 7
             draw.rectangle((10, top + 2, 23, top + 14), tuple(colour), (128, 128, 128))
@@ -131,6 +143,47 @@ def save_samples(samples, path):
         axes[-1].legend(handles=patches, loc="center left", ncols=1 if domain.num_classes <= 9 else 2,
                         fontsize=7, frameon=False, title=domain.name, title_fontsize=8, handlelength=1.2,
                         labelspacing=0.3, columnspacing=1)
+    figure.savefig(path)
+
+
+def save_check(entries, path):
+    """What `train.py --check` found, a row for each domain: photos under their labels, how frequent classes
+    are, and which touch, as the domain says and as the labels do.
+
+    entries: [(domain, [(image (H, W, 3), label (H, W)), ...], pixels of each class (Z,), share of photos in
+    which two classes touch (Z, Z), NaN where no photo holds both), ...].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    shown = max(1, *(len(pictures) for _, pictures, _, _ in entries))
+    widths = [1.5] * shown + [2.6, 2.6, 2.6]
+    heights = [max(2.4, 0.13 * domain.num_classes + 1) for domain, *_ in entries]
+    figure = Figure(figsize=(sum(widths), sum(heights)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(entries), len(widths), squeeze=False, width_ratios=widths,
+                           height_ratios=heights)
+    for axes, (domain, pictures, pixels, touch) in zip(rows, entries):
+        names, colours = [written(name, k) for k, name in enumerate(domain.classes)], domain.palette() / 255
+        for axis in axes[:shown]:
+            axis.axis("off")
+        for axis, (image, label) in zip(axes, pictures):
+            axis.imshow((0.3 * image + 0.7 * colourise(label, domain)).astype(np.uint8))
+        axes[0].set_title(domain.name, fontsize=9, loc="left")
+        share = 100 * pixels / max(1, pixels.sum())
+        bars = axes[-3].barh(range(len(names)), share, color=colours, edgecolor="0.5", linewidth=0.4)
+        axes[-3].bar_label(bars, [f"{s:.1f}" if s else "never" for s in share], fontsize=6, padding=2)
+        axes[-3].set_yticks(range(len(names)), names, fontsize=6)
+        axes[-3].set(xscale="symlog", ylim=(len(names) - 0.5, -0.5), xlim=(0, 400))
+        axes[-3].tick_params(axis="x", labelsize=6)
+        axes[-3].set_title("of the pixels, %", fontsize=7)
+        said = np.full(touch.shape, np.nan) if domain.adjacency is None else domain.intra_mask().numpy()
+        title = "touch by the domain" if domain.adjacency is not None else "the domain says nothing"
+        for axis, matrix, title in ((axes[-2], said, title), (axes[-1], touch, "touch in the labels")):
+            axis.imshow(matrix[1:, 1:], cmap="Blues", vmin=0, vmax=1)  # the background touches anything
+            axis.set_xticks(range(len(names) - 1), names[1:], rotation=90, fontsize=5)
+            axis.set_yticks(range(len(names) - 1), names[1:], fontsize=5)
+            axis.set_facecolor("0.9")  # where nobody knows
+            axis.set_title(title, fontsize=7)
     figure.savefig(path)
 
 

@@ -43,13 +43,14 @@ def dataset(root, train, val, **fields):
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
+def check(monkeypatch, capsys, tmp_path):
     """Run train.py --check: its exit status and what it prints. Tiny label maps never hold every class."""
     def run(*flags, workers=0, accept=True):
         listing.cache_clear()
         flags = [*flags, "--accept"] if accept else flags
         flags = [*flags, "--workers", workers] if workers is not None else flags
         monkeypatch.setattr(sys, "argv", ["train.py", "--check", *map(str, flags)])
+        monkeypatch.chdir(tmp_path)  # where check.png goes
         with pytest.raises(SystemExit) as end:
             train.main()
         return end.value.code, capsys.readouterr().out
@@ -87,6 +88,8 @@ mine={root}
   bad files: 0
   looks wrong: 1
     train: domain 'mine': its label maps never hold shoe
+
+picture: check.png
 
 4 photos and their label maps read; none is bad; looks wrong: 1, accepted
 """
@@ -219,7 +222,7 @@ def test_the_figures_whatever_the_number_of_processes(tmp_path, check, monkeypat
     assert titles == ["pascal, figures", "atr, figures", "cihp, figures"]
     assert out == check("--size", "48x40", workers=1)[1] == check("--size", "48x40", workers=None)[1]
     assert check("--mode", "dedicated", "--size", "48x40")[1].count("figures") == 2
-    assert list(tmp_path.iterdir()) == [], "no run's folder is made"
+    assert list(tmp_path.iterdir()) == [tmp_path / "check.png"], "no run's folder is made"
 
 
 def test_bad_files_whatever_the_number_of_processes(tmp_path, check):

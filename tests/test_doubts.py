@@ -46,6 +46,7 @@ def masks():
 
 
 def check(monkeypatch, capsys, root, *flags):
+    monkeypatch.chdir(root)  # where check.png goes
     data = ["--data", f"mine={root}", *flags]
     monkeypatch.setattr(sys, "argv", ["train.py", "--check", "--workers", "0", *data])
     with pytest.raises(SystemExit) as end:
@@ -59,6 +60,7 @@ def test_a_mask_of_0_and_255_looks_wrong_until_255_is_mapped(tmp_path, masks, mo
     assert status == 1 and "hold one class alone, 'background'" in printed
     assert printed.endswith("none is bad; looks wrong: 2, named above; if that is right, give --accept\n")
     assert check(monkeypatch, capsys, root, "--accept")[0] == 0
+    assert np.array(Image.open(root / "check.png")).std() > 10, "a picture of both lists"
     folder(tmp_path, masks, PERSON, label_map={"background": [0], "person": [255]})
     assert check(monkeypatch, capsys, root)[0] == 0
 
