@@ -30,6 +30,7 @@ from sst.plots import indexed, overlay, scaled, side_by_side
 
 CALIBRATION = 64  # photos that set the ranges of 8-bit integers
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_ENDINGS = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".psd", ".raw", ".dng", ".svg")
 DESCRIPTION = """\
 Parse people in photos with a trained network: a run's folder, a model.pt or best.pt, or where the first
 argument is a photo or a folder of photos the one that the package carries (docs/model-card.md). Each photo
@@ -201,9 +202,14 @@ def search(folder, out):
 
     Raises InputError where there is none.
     """
-    inside = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PHOTO_ENDINGS and p.is_file()
-              and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-              and not (folder in out.parents and out in p.parents)]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()
+             and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+             and not (folder in out.parents and out in p.parents)]
+    inside = [p for p in files if p.suffix.lower() in PHOTO_ENDINGS]
+    others = Counter(p.suffix.lower() for p in files if p.suffix.lower() in OTHER_ENDINGS)
+    if others:
+        found = ", ".join(f"{count} {ending}" for ending, count in others.items())
+        print(f"{folder}: skipped {found}; photos are {', '.join(PHOTO_ENDINGS)}", file=sys.stderr)
     if not inside:
         raise InputError(f"{folder}: no photo in this folder ({', '.join(PHOTO_ENDINGS)}); give photos or a "
                          f"folder that holds some")

@@ -32,6 +32,12 @@ from sst.plots import save_curves, save_samples
 from sst.scenarios import matrices
 
 
+NEXT = """
+Next: look at {out}/samples.png and {out}/curves.png; the network is {out}/model.pt.
+  --beta 0 --lam 0 trains the same network without SST, on the same crops;
+  --data NAME=DIR ... trains on your photos; --seed 1 tells luck from progress."""
+
+
 def main():
     place = distributed.start()
     config = runs.configure()
@@ -97,7 +103,9 @@ def train(config, run, train_sets, val_sets, place, interruption):
 
     def score():
         skipped = [] if config.skip_bad else None
-        results = validate(model.net, val_sets, config.size, place, skipped)
+        results = validate(model.net, val_sets, config.size, place, skipped, interruption)
+        if results is None:
+            end()
         mean = journal.validation(results, skipped or [])
         if mean > at.best:
             at.best = mean
@@ -106,6 +114,11 @@ def train(config, run, train_sets, val_sets, place, interruption):
         at.pending = False
         save(again=True)
         return results
+
+    def end():
+        distributed.barrier()  # torchrun ends the others as soon as one has ended
+        print0(f"interrupted by a signal; step {at.step} is saved, --resume {run.out} goes on")
+        sys.exit(128 + (interruption.signal or signal.SIGTERM))
 
     if at.pending:  # interrupted before its validation had ended
         results = score()
@@ -118,26 +131,32 @@ def train(config, run, train_sets, val_sets, place, interruption):
                           measured)
         at.step += 1
         journal.record(done, lr)
-        stop = all_reduce(torch.tensor(float(interruption.signal > 0), device=device)).item()
+        stop = signalled(interruption, device)
         at.pending = falls_due(at.step, config.validations, config)
         if at.pending or stop or at.step % config.save_every == 0 or at.step == steps:
             save()  # before validation, which a broken photo may end
         if stop:
-            distributed.barrier()  # torchrun ends the others as soon as one has ended
-            print0(f"interrupted by a signal; step {at.step} is saved, --resume {run.out} goes on")
-            sys.exit(128 + (interruption.signal or signal.SIGTERM))
+            end()
         if at.pending:
             results = score()
 
     if config.validations and results is None:  # resumed when nothing was left to train
-        results = validate(model.net, val_sets, config.size, place, [] if config.skip_bad else None)
+        skipped = [] if config.skip_bad else None
+        results = validate(model.net, val_sets, config.size, place, skipped, interruption) or end()
     if rank == 0:
         finish(config, model.net, domains, val_sets, journal, results, at.best, schedule.passes(steps * K))
+        if config is run:
+            print0(NEXT.format(out=out))
 
 
 def falls_due(step, times, config):
     """Whether a run that does something so many times, evenly spread, does it after that step."""
     return step * times // config.steps > (step - 1) * times // config.steps
+
+
+def signalled(interruption, device):
+    """Whether a signal came to any of the processes."""
+    return all_reduce(torch.tensor(float(interruption.signal > 0), device=device)).item() > 0
 
 
 def train_step(model, batches, K, weights, optimizer, scaler, statistics, config, dtype, world, measured):
@@ -182,13 +201,19 @@ def train_step(model, batches, K, weights, optimizer, scaler, statistics, config
     return done
 
 
-def validate(net, val_sets, size, place, skipped=None):
-    """{domain: scores}; each process takes every world-th photo. skipped: a list for what cannot be read."""
+def validate(net, val_sets, size, place, skipped, interruption):
+    """{domain: scores}; each process takes every world-th photo. skipped: a list for what cannot be read.
+
+    None where a signal came meanwhile, to whatever process.
+    """
     net.eval()
     results = {}
     for dataset in val_sets:
-        matrix = confusion_of(net, dataset, size, range(place.rank, len(dataset), place.world), skipped)
+        mine = range(place.rank, len(dataset), place.world)
+        matrix = confusion_of(net, dataset, size, mine, skipped, lambda: interruption.signal)
         matrix = all_reduce(torch.from_numpy(matrix).to(place.device)).cpu().numpy()
+        if signalled(interruption, place.device):
+            return None
         if not matrix.any():
             raise InputError(f"validation of '{dataset.domain.name}': no photo that can be read has a "
                              "labelled pixel; mend the list, then --resume")
@@ -208,9 +233,6 @@ def finish(config, net, domains, val_sets, journal, results, best, passes):
     if results:
         print0(f"\n{summary(results, domains)}\n"
                f"best.pt: mean mIoU {best:.2f} %, selected on these validation sets")
-    print0(f"\nNext: look at {out}/samples.png and {out}/curves.png; the network is {out}/model.pt.\n"
-           "  --beta 0 --lam 0 trains the same network without SST, on the same crops;\n"
-           "  --data NAME=DIR ... trains on your photos; --seed 1 tells luck from progress.")
 
 
 def cli():

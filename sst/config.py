@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 from .domains import BUILTIN
@@ -219,6 +220,9 @@ SETTINGS = {
             help="how often validation runs, evenly spread; 0 for never"),
         row("log_every", positive, 20, None, small=5, metavar="STEPS",
             help="steps between lines of log.jsonl"),
+        row("log_to", str, None, ("tensorboard",),
+            help="write what log.jsonl holds for TensorBoard too, into OUT/tensorboard; needs the package "
+                 "tensorboard"),
         row("shares", int, 10, (0, 1e9), older=0, metavar="N",
             help="how often, evenly spread, the share of each kind of loss term in the backbone's gradient "
                  "is measured, which takes a backward pass for each; 0 for never, as with --compile"),
@@ -343,6 +347,9 @@ def check(config):
             low, high = setting.allowed
             if not low <= value <= high:  # also refuses NaN
                 raise InputError(f"{setting.flag} {value}: must lie between {low:g} and {high:g}")
+    if config.log_to and find_spec("tensorboard") is None:
+        raise InputError("--log-to tensorboard: needs the package tensorboard, which is not installed; run: "
+                         "pip install tensorboard")
     if config.compile and config.shares:
         raise InputError(f"--shares {config.shares}: takes a backward pass for each term, and the compiled "
                          "network has one only; leave one of --shares and --compile out")

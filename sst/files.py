@@ -22,6 +22,13 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def regular(path):
+    """The path of a file; raises OSError for what only looks like one, such as a pipe, which would wait."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("a folder, a pipe or a device, not a file")
+    return path
+
+
 # Photos ---------------------------------------------------------------------------------------------------
 
 
@@ -34,7 +41,7 @@ def read_image(path, size=None):
     that is needed, so that what remains of the shrinking is smooth. Raises InputError.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(regular(path)) as image:
             turn = image.getexif().get(ORIENTATION, 1)
             w, h = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
             if size is not None and image.format == "JPEG":
@@ -50,7 +57,7 @@ def pixels(image):
     """A path, PIL image or array -> (h, w, 3) uint8 RGB, turned upright as EXIF says; raises InputError."""
     if isinstance(image, (str, Path)):
         try:
-            with Image.open(image) as file:
+            with Image.open(regular(image)) as file:
                 return rgb(upright(file))
         except Exception as error:  # a user's photo may be of any format, and fail in any way
             raise InputError(f"{image}: not a readable photo ({one_line(error)}); give a JPEG, PNG or "
@@ -79,7 +86,7 @@ def upright(image):
 def orientation(path):
     """The EXIF orientation of a photo's file, 1 for none; also for a file that is no photo."""
     try:
-        with Image.open(path) as image:
+        with Image.open(regular(path)) as image:
             return image.getexif().get(ORIENTATION, 1)
     except UNREADABLE:
         return 1

@@ -83,16 +83,19 @@ def averaged_logits(net, image, size=None, domains=None, scales=(1.0,), flips=No
     return {name: A.div_(len(scales) * (2 if flips else 1)) for name, A in sums.items()}
 
 
-def confusion_of(net, dataset, size=None, indices=None, skipped=None):
+def confusion_of(net, dataset, size=None, indices=None, skipped=None, stop=lambda: False):
     """Confusion matrix (Z, Z) of a network in eval mode on a dataset of one of its domains.
 
     It counts pixels of the label maps at their own size. indices: which samples, all by default (with several
     processes each takes a share and the matrices are added). A photo or label map that cannot be read raises
-    InputError. Where `skipped` is a list it is left out instead, and its sentence added to the list.
+    InputError. Where `skipped` is a list it is left out instead, and its sentence added to the list. The
+    photos after `stop()` is true are left out.
     """
     name, Z = dataset.domain.name, dataset.domain.num_classes
     matrix = np.zeros((Z, Z), np.int64)
     for i in range(len(dataset)) if indices is None else indices:
+        if stop():
+            break
         try:
             image, label = dataset.load(i)
         except InputError as error:

@@ -72,6 +72,7 @@ class Journal:
     def __init__(self, config, at, epoch_steps, device):
         self.config, self.at, self.epoch_steps, self.device = config, at, epoch_steps, device
         self.log = open_log(Path(config.out), at) if distributed.first() else None
+        self.board = board(config) if distributed.first() else None
         self.begun = self.logged = at.step
         self.started = self.mark = time.time()
         self.printed = self.waiting = self.waited = 0.0
@@ -81,6 +82,9 @@ class Journal:
         if self.log:
             line = {"step": self.at.step, "epoch": round(self.at.step / self.epoch_steps, 4), "kind": kind}
             print(json.dumps(line | fields), file=self.log, flush=True)
+        if self.board:
+            for name, value in flat(kind, fields):
+                self.board.add_scalar(name, value, self.at.step)
 
     def lines(self):
         """All lines of the log so far."""
@@ -91,7 +95,8 @@ class Journal:
         """Print the settings and what is trained. words: about its weights. path: the checkpoint, or None."""
         config, images = self.config, self.config.global_batch
         for key, value in vars(config).items():
-            if key not in ("out", "resume") and value is not False and value not in (None, []):
+            hidden = ("out", "resume") + ("figures",) * bool(config.data or config.target)
+            if key not in hidden and value is not False and value not in (None, []):
                 print0(f"  {key:<18} {value}")
         listed = ", ".join(f"{t.domain.name} ({t.domain.num_classes} classes, {len(t)} training and {len(v)} "
                            "validation images)" for t, v in zip(train_sets, val_sets))
@@ -209,6 +214,23 @@ class Journal:
         self.write("val", miou=miou, mean_accuracy=accuracy, time={"seconds": time.time() - self.started})
         self.unreadable([(what, what) for what in skipped], "validation went on without it")
         return mean
+
+
+def board(config):
+    """What writes for TensorBoard (--log-to), or None."""
+    if config.log_to is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(Path(config.out) / "tensorboard")
+
+
+def flat(name, fields):
+    """Every number in nested dictionaries, with its place as a name: ("train/loss/seg/atr", 1.2)."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from flat(f"{name}/{key}", value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{name}/{key}", value
 
 
 def clock(seconds):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .domains import IGNORE, colours_of
 from .errors import InputError
-from .files import UNREADABLE, one_line
+from .files import UNREADABLE, one_line, regular
 
 
 def read_label(path, domain):
@@ -56,7 +56,7 @@ def read_colours(path, domain):
 def opened(path):
     """A label file as a PIL image; raises InputError for one that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(regular(path)) as image:
             yield image
     except InputError:
         raise

@@ -23,7 +23,7 @@ from .errors import InputError
 from .scenarios import build
 
 # What may change when a run goes on: none of it changes what is learned from data that can be read.
-FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every")
+FREE = ("resume", "out", "workers", "skip_bad", "max_skips", "save_every", "log_to")
 COUNTS = ("skipped_steps", "skipped_in_a_row", "skipped_files")
 # Where data lies may change too. The training lists themselves are compared.
 PLACES = ("data", "source", "target", "source_checkpoint", "masks")

@@ -182,7 +182,8 @@ def build_dedicated(config, domains, origin, net):
         if d.name in (s.name for s in sources):
             raise InputError(f"--target {d.name}: is a source domain too ({path} was trained on "
                              f"{', '.join(s.name for s in sources)}); a transfer needs two different label "
-                             "domains")
+                             f"domains, and to go on with one that it knows there is --init-from "
+                             f"{config.source_checkpoint}")
     # The network starts as a copy of the source's, with a new head.
     weights = {key: value for key, value in origin["weights"].items() if key.startswith("net.")}
     net.load_state_dict({key: weights.get(f"net.{key}", value) for key, value in net.state_dict().items()})

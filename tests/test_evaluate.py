@@ -16,7 +16,7 @@ import evaluate
 import train
 from figures import Figures
 from sst import checkpoint
-from sst.distributed import Place
+from sst.distributed import Interruption, Place
 from sst.domains import LabelDomain, builtin_domain, read_class_map
 from sst.errors import InputError, InputWarning
 from sst.inference import averaged_logits
@@ -191,7 +191,8 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     run(tmp_path, "--json")
     result = json.loads(capsys.readouterr().out)
     figures = [Figures(d, 2 ** 31, 80, (64, 64)) for d in domains]
-    validation = train.validate(net, figures, (64, 64), Place(0, 1, torch.device("cpu")))
+    place = Place(0, 1, torch.device("cpu"))
+    validation = train.validate(net, figures, (64, 64), place, None, Interruption())
     means = lambda scored: {name: (r["miou"], r["mean_accuracy"]) for name, r in scored.items()}
     assert means(result) == means(validation)
     assert result["pascal"]["iou"]["head"] == validation["pascal"]["iou"][1]
