@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .domains import BUILTIN, HERE, builtin_domain, from_dict, is_share
 from .errors import InputError

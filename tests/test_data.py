@@ -12,7 +12,6 @@ from PIL import Image
 from sst.data import open_dataset, open_datasets
 from sst.domains import HERE
 from sst.errors import InputError
-from sst.files import read_image
 
 LAYOUTS = {  # images, labels, list, as published; the split is train
     "pascal": ("JPEGImages", "SegmentationPart", "list/train_id.txt"),

@@ -97,8 +97,8 @@ def test_what_is_printed_of_a_run(tmp_path, monkeypatch, capsys):
     assert printed.count("Next: look at") == 1 and f"{tmp_path}/run/model.pt" in printed
     run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--out", tmp_path / "drawn")
     assert "  figures " in capsys.readouterr().out
-    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--data", "atr=figures", "--beta", 0, "--out",
-        tmp_path / "data")
+    run(monkeypatch, *SHORT, "--steps", 1, "--validations", 0, "--preset", "small", "--data", "atr=figures",
+        "--out", tmp_path / "data")
     assert "  figures " not in capsys.readouterr().out
 
 
