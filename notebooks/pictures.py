@@ -3,6 +3,8 @@
 A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where it is needed.
 """
 
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -16,6 +18,38 @@ def rendered(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+class Moving:
+    """Pictures that a notebook plays one after another, for ever: an animated PNG.
+
+    frames: PIL images of one size. milliseconds: that each is shown; the last one longer.
+    """
+
+    def __init__(self, frames, milliseconds=150):
+        self.frames, self.milliseconds = list(frames), milliseconds
+
+    def __repr__(self):
+        return f"{len(self.frames)} pictures, {self.milliseconds} ms each"
+
+    def _repr_png_(self):
+        durations = [self.milliseconds] * (len(self.frames) - 1) + [2000]
+        file = io.BytesIO()
+        self.frames[0].save(file, "PNG", save_all=True, append_images=self.frames[1:], duration=durations,
+                            loop=0)
+        return file.getvalue()
+
+
+def plane(points, names, colours, title, reach):
+    """Vectors in two coordinates, (n, 2), each from the origin, with their names; axes to `reach`."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.6, 3.6), dpi=80, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, xticks=[], yticks=[])
+    for (x, y), name, colour in zip(points, names, colours):
+        axis.plot([0, x], [0, y], color=colour, linewidth=2)
+        axis.annotate(name, (x, y), fontsize=7)
+    return rendered(figure)
 
 
 def panel(pictures, titles, domains=None, columns=None, width=2.0):
