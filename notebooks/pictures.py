@@ -40,6 +40,36 @@ class Moving:
         return file.getvalue()
 
 
+def diagram(boxes, arrows, size):
+    """Boxes with text and arrows between them.
+
+    boxes: {name: (x, y, width, height, text, kept)} in inches from the lower left; what is not kept after
+    training is dashed. arrows: [(from, to, text)]. size: (width, height) in inches.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+    figure = Figure(figsize=size, dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, size[0]), ylim=(0, size[1]))
+    axis.axis("off")
+    for x, y, width, height, words, kept in boxes.values():
+        axis.add_patch(FancyBboxPatch(
+            (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", edgecolor="#2f4b66",
+            facecolor="#dfe9f3" if kept else "white", linestyle="-" if kept else (0, (4, 3)), linewidth=1.3))
+        axis.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=8)
+    for start, end, words in arrows:
+        (x0, y0, w0, h0, *_), (x1, y1, w1, h1, *_) = boxes[start], boxes[end]
+        if x0 + w0 <= x1 or x1 + w1 <= x0:  # side by side
+            right = x0 + w0 <= x1
+            a, b = (x0 + w0 * right, y0 + h0 / 2), (x1 + w1 * (not right), y1 + h1 / 2)
+        else:
+            up = y1 > y0
+            a, b = (x0 + w0 / 2, y0 + h0 * up), (x1 + w1 / 2, y1 + h1 * (not up))
+        axis.annotate("", b, a, arrowprops={"arrowstyle": "-|>", "color": "#2f4b66", "linewidth": 1.2})
+        axis.text((a[0] + b[0]) / 2 + 0.05, (a[1] + b[1]) / 2 + 0.07, words, fontsize=7, color="#6f7d8a")
+    return rendered(figure)
+
+
 def plane(points, names, colours, title, reach):
     """Vectors in two coordinates, (n, 2), each from the origin, with their names; axes to `reach`."""
     from matplotlib.figure import Figure
