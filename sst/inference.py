@@ -243,21 +243,37 @@ def usable(device, half):
 
 
 def label_map(A, h, w):
-    """Logits (Z, H, W) -> (h, w) uint8: the argmax of `resized`, taken in strips of rows.
+    """Logits (Z, H, W) -> (h, w) uint8: the argmax of `resized`.
 
-    All logits of a photo of 40 megapixels would be gigabytes.
+    A pixel's logits are a weighted mean of those of the four around it. Where all four have the same class,
+    so has the pixel; only the others are worked out. Strips of rows bound the memory: all logits of a photo
+    of 40 megapixels would be gigabytes.
     """
-    Z, H, _ = A.shape
+    Z, H, W = A.shape
+    highest, flat = A.max(0).indices, A.flatten(1)  # argmax takes three times as long
     label = torch.empty(h, w, dtype=torch.uint8, device=A.device)
-    rows = max(1, STRIP // (Z * w))
+    left, right, s = between(w, W, A.device)
+    rows = max(1, STRIP // (4 * w))
     for top in range(0, h, rows):
-        y = ((torch.arange(top, min(top + rows, h), device=A.device) + 0.5) * (H / h) - 0.5).clamp(min=0)
-        above = y.long()
-        below = (above + 1).clamp(max=H - 1)
-        t = (y - above)[:, None]
-        strip = (1 - t) * A[:, above] + t * A[:, below]  # (Z, rows, W)
-        label[top:top + rows] = resized(strip, (len(y), w)).max(0).indices  # argmax takes three times as long
+        part = slice(top, min(top + rows, h))
+        above, below, t = (v[part, None] for v in between(h, H, A.device))
+        corners = [y * W + x for y in (above, below) for x in (left, right)]  # (rows, w) places in H*W
+        found = [highest.flatten()[place] for place in corners]
+        label[part] = found[0]
+        y, x = ((found[1] != found[0]) | (found[2] != found[0]) | (found[3] != found[0])).nonzero(as_tuple=True)
+        for some in torch.arange(len(y), device=A.device).split(max(1, STRIP // Z)):
+            u, v = y[some], x[some]
+            four = [flat[:, place[u, v]] for place in corners]  # (Z, n) each
+            across = [a + s[v] * (b - a) for a, b in (four[:2], four[2:])]
+            label[part][u, v] = (across[0] + t[u, 0] * (across[1] - across[0])).max(0).indices.to(torch.uint8)
     return label.cpu().numpy()
+
+
+def between(n, N, device):
+    """Where n pixels lie among N: the one before, the one after, and the way between them, 0 to 1."""
+    place = ((torch.arange(n, device=device) + 0.5) * (N / n) - 0.5).clamp(min=0)
+    before = place.long()
+    return before, (before + 1).clamp(max=N - 1), place - before
 
 
 def checked_size(size):
