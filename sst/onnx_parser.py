@@ -62,11 +62,8 @@ class OnnxParser:
         names = list(domains or self.classes)
         found = {}
         for name, A in zip(names, self.session.run(names, {"image": x})):
-            strips = resized(A[0, :, top:top + height, left:left + width], h, w)
-            if probabilities:
-                found[name] = softmax(np.concatenate(list(strips), axis=1))
-            else:
-                found[name] = np.concatenate([strip.argmax(0).astype(np.uint8) for strip in strips])
+            A = A[0, :, top:top + height, left:left + width]
+            found[name] = softmax(resized(A, h, w)) if probabilities else label_map(A, h, w)
         return found
 
     def on_canvas(self, image):
@@ -120,15 +117,36 @@ def pixels(image):
 
 
 def resized(A, h, w):
-    """Logits (Z, H, W) -> (Z, h, w), bilinear, in strips of rows (Z, rows, w)."""
+    """Logits (Z, H, W) -> (Z, h, w), bilinear."""
+    left, right, t = between(w, A.shape[2])
+    above, below, s = between(h, A.shape[1])
+    rows = A[:, above] + s[:, None] * (A[:, below] - A[:, above])  # (Z, h, W)
+    return rows[..., left] + t * (rows[..., right] - rows[..., left])
+
+
+def label_map(A, h, w):
+    """Logits (Z, H, W) -> (h, w) uint8: the argmax of `resized`.
+
+    A pixel's logits are a weighted mean of those of the four around it. Where all four have the same class,
+    so has the pixel; only the others are worked out. Strips of rows bound the memory.
+    """
     Z, H, W = A.shape
+    highest, flat = A.argmax(0).astype(np.uint8).ravel(), A.reshape(Z, -1)
     left, right, t = between(w, W)
-    above, below, s = between(h, H)
-    rows = max(1, STRIP // (Z * w))
-    for start in range(0, h, rows):
-        part = slice(start, start + rows)
-        strip = A[:, above[part]] + s[part, None] * (A[:, below[part]] - A[:, above[part]])  # (Z, rows, W)
-        yield strip[..., left] + t * (strip[..., right] - strip[..., left])
+    label, rows = np.empty((h, w), np.uint8), max(1, STRIP // (4 * w))
+    for top in range(0, h, rows):
+        above, below, s = (v[top:top + rows, None] for v in between(h, H))
+        corners = [y * W + x for y in (above, below) for x in (left, right)]  # (rows, w) places in H*W
+        found = [highest[place] for place in corners]
+        label[top:top + rows] = found[0]
+        mixed = (found[1] != found[0]) | (found[2] != found[0]) | (found[3] != found[0])
+        y, x = np.nonzero(mixed)
+        for some in range(0, len(y), max(1, STRIP // Z)):
+            u, v = y[some:some + STRIP // Z], x[some:some + STRIP // Z]
+            four = [flat[:, place[u, v]] for place in corners]  # (Z, n) each
+            upper, lower = four[0] + t[v] * (four[1] - four[0]), four[2] + t[v] * (four[3] - four[2])
+            label[top + u, v] = (upper + s[u, 0] * (lower - upper)).argmax(0)
+    return label
 
 
 def between(n, N):

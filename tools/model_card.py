@@ -9,6 +9,7 @@ classes in the photo is highest, in the middle, and lowest.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,10 +101,12 @@ def tables(single, published, integers):
 
 
 def pictures(parser, photos, ranked):
-    """Write docs/parser-{best,median,worst}.jpg. Returns lines of Markdown."""
+    """Write docs/parser-{best,median,worst}.jpg, and the median itself. Returns lines of Markdown."""
     data, lines = open_dataset("ccp-middle", photos, "val"), []
     for word, (miou, i) in (("best", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[0])):
         image, _ = data.load(i)
+        if word == "median":
+            shutil.copy(data.where(i), ROOT / "docs/photo.jpg")
         small, maps = scaled(image, parser(image, PICTURED), 480)
         row = [small, *(overlay(small, maps[name], parser.domains[name]) for name in PICTURED)]
         Image.fromarray(side_by_side(row)).save(ROOT / f"docs/parser-{word}.jpg", quality=85)
