@@ -260,7 +260,8 @@ def label_map(A, h, w):
         corners = [y * W + x for y in (above, below) for x in (left, right)]  # (rows, w) places in H*W
         found = [highest.flatten()[place] for place in corners]
         label[part] = found[0]
-        y, x = ((found[1] != found[0]) | (found[2] != found[0]) | (found[3] != found[0])).nonzero(as_tuple=True)
+        mixed = (found[1] != found[0]) | (found[2] != found[0]) | (found[3] != found[0])
+        y, x = mixed.nonzero(as_tuple=True)
         for some in torch.arange(len(y), device=A.device).split(max(1, STRIP // Z)):
             u, v = y[some], x[some]
             four = [flat[:, place[u, v]] for place in corners]  # (Z, n) each
