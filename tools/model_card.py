@@ -39,7 +39,7 @@ CIHP_TO_COMMON = {
     "pants": "pants", "torso-skin": "skin", "scarf": "scarf", "skirt": "skirt", "face": "skin",
     "left arm": "skin", "right arm": "skin", "left leg": "skin", "right leg": "skin", "left shoe": "shoes",
     "right shoe": "shoes"}
-PICTURED = ("ccp-fine", "pascal", "cihp")
+PICTURED = ("ccp-fine", "atr", "pascal")
 
 
 def evaluated(model, photos, *flags):
