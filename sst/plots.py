@@ -115,35 +115,60 @@ def is_dark(rgb):
 
 
 def save_samples(samples, path):
-    """One row of pictures per domain: photo, truth, prediction of each of its samples, and the class names.
+    """Each photo once, in a row with truth and prediction of every domain that has it; class names below.
 
     samples: [(domain, [(image (H, W, 3), truth (H, W), prediction (H, W)), ...]), ...].
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    shown = max(len(triples) for _, triples in samples)
-    ratios = [image.shape[0] / image.shape[1] for _, triples in samples for image, _, _ in triples]
-    tall = np.mean(ratios or [1])  # no photo of any dataset may be readable
-    widths = [1.35] * 3 * shown + [3.2]  # inches: of the pictures, of the names
-    height = sum(max(1.35 * tall + 0.35, 0.17 * (d.num_classes + 1) / 2 + 0.3) for d, _ in samples)
-    figure = Figure(figsize=(1.35 * 3 * shown + 3.2, height), dpi=110, layout="constrained")
+    groups = []  # of domains with the same photos
+    for domain, triples in samples:
+        group = next((group for group in groups if same_photos(group[0][1], triples)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append((domain, triples))
+    width, sizes = 1.7, []  # inches of a picture, heights of each group's rows
+    for group in groups:
+        ratios = [image.shape[0] / image.shape[1] for image, _, _ in group[0][1]]
+        sizes.append([*(width * ratio + 0.25 for ratio in ratios),
+                      0.3 + 0.16 * max((d.num_classes + 1) // 2 for d, _ in group)])
+    columns = max(1 + 2 * len(group) for group in groups)
+    figure = Figure(figsize=(width * columns, sum(map(sum, sizes))), dpi=110)
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(samples), len(widths), squeeze=False, width_ratios=widths)
-    for axes, (domain, triples) in zip(rows, samples):
-        for axis in axes:
-            axis.axis("off")
-        for k, (image, truth, prediction) in enumerate(triples):
-            pictures = (image, colourise(truth, domain), colourise(prediction, domain))
-            for axis, picture, title in zip(axes[3 * k:], pictures, ("photo", "truth", "prediction")):
+    parts = figure.subfigures(len(groups), 1, height_ratios=list(map(sum, sizes)), squeeze=False)
+    for part, group, heights in zip(parts[:, 0], groups, sizes):
+        grid = part.add_gridspec(len(heights), columns, height_ratios=heights, left=0.005, right=0.995,
+                                 top=0.98, bottom=0.005, wspace=0.03, hspace=0.06)
+        for row in range(len(heights) - 1):
+            shown = [(group[0][1][row][0], "photo")]
+            for domain, triples in group:
+                _, truth, prediction = triples[row]
+                shown += [(colourise(truth, domain), f"{domain.name}: truth"),
+                          (colourise(prediction, domain), "prediction")]
+            for column, (picture, title) in enumerate(shown):
+                axis = part.add_subplot(grid[row, column])
                 axis.imshow(picture, interpolation="nearest")
-                axis.set_title(title, fontsize=8)
-        patches = [Patch(facecolor=colour, edgecolor="0.5", linewidth=0.4, label=name)
-                   for colour, name in zip(domain.palette() / 255, domain.classes)]
-        axes[-1].legend(handles=patches, loc="center left", ncols=1 if domain.num_classes <= 9 else 2,
-                        fontsize=7, frameon=False, title=domain.name, title_fontsize=8, handlelength=1.2,
-                        labelspacing=0.3, columnspacing=1)
+                axis.set_title(title, fontsize=8, pad=2)
+                axis.axis("off")
+        for n, (domain, _) in enumerate(group):
+            axis = part.add_subplot(grid[-1, 1 + 2 * n:3 + 2 * n])
+            axis.axis("off")
+            names_of(axis, domain)
     figure.savefig(path)
+
+
+def same_photos(one, two):
+    """Whether two lists of samples are of the same photos."""
+    return len(one) == len(two) and all(np.array_equal(a[0], b[0]) for a, b in zip(one, two))
+
+
+def names_of(axis, domain):
+    """The classes' names and colours, in two columns."""
+    from matplotlib.patches import Patch
+    patches = [Patch(facecolor=colour, edgecolor="0.5", linewidth=0.4, label=written(name, k))
+               for k, (name, colour) in enumerate(zip(domain.classes, domain.palette() / 255))]
+    axis.legend(handles=patches, loc="upper center", ncols=2, fontsize=7, frameon=False, handlelength=1.2,
+                labelspacing=0.3, columnspacing=1)
 
 
 def save_check(entries, path):
@@ -193,9 +218,10 @@ def save_curves(lines, path):
     from matplotlib.figure import Figure
     train, val, gradient = ([line for line in lines if line["kind"] == kind]
                             for kind in ("train", "val", "gradient"))
-    figure = Figure(figsize=(15, 7), dpi=100, layout="constrained")
+    rows = 2 if train and train[0]["cos"] else 1  # without SST there is no X
+    figure = Figure(figsize=(15, 3.5 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    (losses, shares, miou), below = figure.subplots(2, 3)
+    (losses, shares, miou), *below = figure.subplots(rows, 3, squeeze=False)
     steps = [line["step"] for line in train]
     # A label domain has one colour in all panels, and so has each kind of loss term. Greys are sums.
     domains = [*(train[0]["cos"] if train else ()), *(val[0]["miou"] if val else ())]
@@ -217,7 +243,7 @@ def save_curves(lines, path):
     miou.set(title="validation mIoU, %")
     titles = {"cos": "mean cosine of the rows of X (1: collapsed)",
               "centred": "without their mean and signs (1: one direction)", "rank": "effective rank of these"}
-    for axis, (key, title) in zip(below, titles.items()):
+    for axis, (key, title) in zip(sum(map(list, below), []), titles.items()):
         for name in train[0].get(key, ()) if train else ():  # a log of an earlier version lacks some
             for of, style, label in (("x0", "-", "X_0"), ("xl", ":", "X_L")):
                 # A micro-batch without images of the domain has no X_L.
@@ -225,13 +251,14 @@ def save_curves(lines, path):
                 if points:
                     axis.plot(*zip(*points), style, color=colours[name], linewidth=1.3,
                               label=f"{name} {label}")
-        axis.set(title=title, xlabel="step")
-    for axis in (losses, shares, miou, *below):
+        axis.set(title=title)
+    for axis in figure.axes:
         if axis.lines:  # beside the curves, never on them
             axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         else:
             axis.text(0.5, 0.5, "none in this run", ha="center", transform=axis.transAxes, color="0.5")
         axis.grid(alpha=0.3)
+        axis.set_xlabel("step")
     figure.savefig(path)
 
 

@@ -3,6 +3,7 @@
 How good they are on photos is in docs/model-card.md; drawn figures are here, which every clone has.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,18 @@ from PIL import Image
 import predict
 import sst
 from figures import Figures
-from sst import checkpoint
+from sst import checkpoint, runs
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.metrics import confusion, scores
+from sst.model import ParsingNet
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import model_card  # noqa: E402
+import train_parser  # noqa: E402
+
 DOMAINS = ["ccp-coarse", "ccp-middle", "ccp-fine", "pascal", "atr", "cihp"]
 
 
@@ -105,3 +112,44 @@ def test_it_needs_three_lines(photo):
     code = "import sst, sys\nparser = sst.load()\nprint(sorted(parser(sys.argv[1])))"
     done = subprocess.run([sys.executable, "-c", code, photo], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(sorted(DOMAINS)), done.stderr
+
+
+# How it was made --------------------------------------------------------------------------------------------
+
+
+def test_training_takes_all_training_photos_and_none_of_validation(tmp_path):
+    specs = train_parser.folders(Path("PHOTOS"), tmp_path)
+    assert [spec.split("=")[0] for spec in specs] == DOMAINS[:3]
+    for spec in specs:
+        fields = json.loads((Path(spec.split("=")[1]) / "domain.json").read_text())
+        train, val = (set(Path(fields[split]).read_text().split()) for split in ("train", "val"))
+        assert (len(train), len(val)) == (800, 104) and not train & val
+        assert fields["images"] == "PHOTOS/photos"
+        assert checkpoint.from_dict({key: fields[key] for key in ("name", "classes")}).num_classes > 1
+    config = runs.configure(["--data", *specs, *(f"{name}=figures" for name in DOMAINS[3:]),
+                             *train_parser.FLAGS, "--backbone-weights", "none", "--freeze-stages", "0"])
+    assert (config.cross, config.beta, config.lam, config.steps) == (0.3, 0, 0, 6000)
+
+
+def test_the_packed_file_is_the_network_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    net, domains = ParsingNet([builtin_domain("pascal")], "small"), [builtin_domain("pascal")]
+    checkpoint.save(checkpoint.model_content(net, domains, (64, 48)), tmp_path / "model.pt")
+    train_parser.pack(tmp_path / "model.pt", tmp_path / "parser.pt")
+    assert (tmp_path / "parser.pt").stat().st_size < 0.6 * (tmp_path / "model.pt").stat().st_size
+    whole, half = (sst.load(tmp_path / name) for name in ("model.pt", "parser.pt"))
+    assert half.size == (64, 48)
+    for key, value in half.net.state_dict().items():
+        torch.testing.assert_close(value, whole.net.state_dict()[key], atol=1e-3, rtol=1e-3)
+
+
+def test_the_card_s_tables_name_every_head_and_class():
+    def scored(classes):
+        return {"miou": 50.0, "iou": dict.fromkeys(classes, 50.0)}
+
+    common = {name: scored(["background", "hat"]) for name in ("ccp-common via atr", "ccp-common via cihp")}
+    single = common | {name: scored(builtin_domain(name).classes) for name in DOMAINS[:3]}
+    text = "\n".join(model_card.tables(single, single, dict.fromkeys(DOMAINS[:3], 49.0)))
+    assert text.count("| 50.0 | 50.0 | 49.0 |") == 3 and text.count("| 50.0 | 50.0 |  |") == 2
+    assert all(f"{name} 50" in text for name in builtin_domain("ccp-fine").classes)
+    assert set(model_card.CIHP_TO_COMMON) == set(builtin_domain("cihp").classes)

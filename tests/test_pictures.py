@@ -1,17 +1,21 @@
-"""The notebooks' pictures: where classes are put on a body, what a legend and a matrix show."""
+"""Pictures of runs and notebooks: what is shown once, where classes are put on a body, what moves."""
 
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from sst.domains import LabelDomain
+from sst.domains import LabelDomain, builtin_domain
+from sst.plots import save_curves, save_samples
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
 
-from pictures import (apart, body_graph, class_places, heat_map, matrices, panel, place_of, sampling_points,
-                      shade, timings)
+from pictures import (Moving, apart, body_graph, class_places, diagram, heat_map, matrices, panel, place_of,
+                      sampling_points, shade, timings)
 
 DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"),
                      adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
@@ -65,6 +69,47 @@ def test_sampling_points_are_drawn_where_the_query_looks():
         return (np.abs(np.asarray(picture).astype(int) - (255, 176, 0)).sum(-1) < 60)[:, :250]
 
     assert amber(left).any() and not amber(far).any()
+
+
+def test_samples_show_a_photo_once_with_all_domains_that_have_it(tmp_path):
+    photo, label = np.full((40, 30, 3), 200, np.uint8), np.zeros((40, 30), np.uint8)
+    pascal, atr = builtin_domain("pascal"), builtin_domain("atr")
+    other = photo // 2
+    same = [(pascal, [(photo, label, label)]), (atr, [(photo, label, label)])]
+    apart = [(pascal, [(photo, label, label)]), (atr, [(other, label, label)])]
+    sizes = []
+    for samples in (same, apart, [(pascal, [])]):
+        save_samples(samples, tmp_path / "samples.png")
+        sizes.append(Image.open(tmp_path / "samples.png").size)
+    assert sizes[0][0] == pytest.approx(sizes[1][0] * 5 / 3, abs=3), "photo and two pictures for each domain"
+    assert sizes[0][1] < 0.7 * sizes[1][1], "one row, not two"
+    assert min(sizes[2]) > 0, "no photo of the dataset could be read"
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_curves_have_a_second_row_where_there_is_sst(tmp_path, rows):
+    x = {"atr": {"x0": 0.5}} if rows else {}
+    lines = [{"kind": "train", "step": step, "loss": {"seg/atr": 1.0, "total": 2.0}, "cos": x, "centred": x,
+              "rank": x} for step in (1, 2)]
+    save_curves(lines + [{"kind": "val", "step": 2, "miou": {"atr": 30.0}}], tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert height == (700 if rows else 350) and width == 1500
+
+
+def test_a_moving_picture_is_a_png_that_plays():
+    frames = [Image.new("RGB", (20, 9), (40 * k, 0, 0)) for k in range(4)]
+    played = Image.open(io.BytesIO(Moving(frames, 100)._repr_png_()))
+    assert played.format == "PNG" and played.n_frames == 4 and played.size == (20, 9)
+    played.seek(3)
+    assert played.convert("RGB").getpixel((0, 0)) == (120, 0, 0) and played.info["duration"] == 2000
+
+
+def test_a_diagram_joins_its_boxes():
+    boxes = {"a": (0.1, 0.1, 0.5, 0.5, "one", True), "b": (1.3, 0.1, 0.5, 0.5, "two", False)}
+    apart = np.asarray(diagram(boxes, [], (2, 0.8)))
+    joined = np.asarray(diagram(boxes, [("a", "b", "")], (2, 0.8)))
+    changed = np.nonzero((apart != joined).any((0, 2)))[0]
+    assert 55 < changed.min() and changed.max() < 135, "only between them"
 
 
 def test_a_heat_map_is_dark_where_the_matrix_is_large():
