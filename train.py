@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from figures import Figures
 from sst import checkpoint, distributed, runs
 from sst.check import report
 from sst.crops import Crops, Schedule, micro_batches
@@ -31,7 +32,6 @@ from sst.optim import build_optimizer, loss_weights, precision, set_rate
 from sst.plots import save_curves, save_samples
 from sst.scenarios import matrices
 
-
 NEXT = """
 Next: look at {out}/samples.png and {out}/curves.png; the network is {out}/model.pt.
   --beta 0 --lam 0 trains the same network without SST, on the same crops;
@@ -42,10 +42,10 @@ def main():
     place = distributed.start()
     config = runs.configure()
     if config.check:
-        sys.exit(report(runs.stages(config), runs.open_data) if place.rank == 0 else 0)
+        sys.exit(report(runs.stages(config), lambda c: runs.open_data(c, Figures)) if place.rank == 0 else 0)
     stages = runs.stages(runs.placed(config, place.world))
     # What is wrong with the second step's data or masks is found before the first begins.
-    data = [runs.open_data(stage) for stage in stages]
+    data = [runs.open_data(stage, Figures) for stage in stages]
     domains = [[dataset.domain for dataset in train_sets] for train_sets, _ in data]
     if len(stages) == 2:
         matrices(stages[1], domains[1], sources=domains[0])

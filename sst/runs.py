@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from figures import Figures
-
 from . import checkpoint, config as settings, distributed
 from .config import FIGURES, counted, names
 from .data import Part, first_of, fraction_of, named_paths, open_dataset
@@ -192,8 +190,8 @@ def write_config(config):
             file.write((json.dumps(vars(config), indent=1) + "\n").encode())
 
 
-def open_data(config):
-    """The training and the validation set of every label domain: of --data, or figures."""
+def open_data(config, Figures):
+    """The training and the validation set of every label domain: of --data, or drawn by Figures."""
     size, limits, train_sets, val_sets = config.size or (128, 128), counted(config.limit), [], []
     for name, path in named_paths(config.data or [f"{name}=figures" for name in config.figures]).items():
         if path == "figures":

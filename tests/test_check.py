@@ -214,7 +214,7 @@ def test_both_lists_of_source_and_target(tmp_path, check):
 
 
 def test_the_figures_whatever_the_number_of_processes(tmp_path, check, monkeypatch):
-    monkeypatch.setattr(runs.Figures, "__len__", lambda self: 5)
+    monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
     monkeypatch.chdir(tmp_path)
     status, out = check("--size", "48x40", workers=0)
     assert status == 0 and out.count("train: 5 listed, 5 usable; all 40x48; 0.00 % of pixels ignored") == 3

@@ -259,7 +259,7 @@ def test_a_run_whose_files_were_changed_is_refused(finished, tmp_path, monkeypat
     with pytest.raises(InputError, match="config.json: not the settings of a run"):
         run(monkeypatch, "--resume", out)
     (out / "config.json").write_text(config)
-    monkeypatch.setattr(runs.Figures, "__len__", lambda self: 5)
+    monkeypatch.setattr(train.Figures, "__len__", lambda self: 5)
     with pytest.raises(InputError, match="the training list of 'pascal' had 2000 photos "
                                          "when the run began, and has 5 now, or others"):
         run(monkeypatch, "--resume", out)

@@ -14,7 +14,7 @@ from test_train import SHORT, TINY, lines, run
 
 import predict
 import train
-from sst import checkpoint, errors, files, inference, model, runs
+from sst import checkpoint, errors, files, inference, model
 from sst.errors import InputError, run_program
 from sst.labels import read_png
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setitem(model.ARCHS, "small", TINY)
-    monkeypatch.setattr(runs.Figures, "__len__", lambda self: 4)
+    monkeypatch.setattr(train.Figures, "__len__", lambda self: 4)
 
 
 def test_ctrl_c_during_validation_is_obeyed_between_photos(tmp_path, monkeypatch, capsys):

@@ -103,7 +103,8 @@ def target_only(source, tmp_path):
     out = tmp_path / "two"
     config = restored(json.loads((source / "config.json").read_text())) | {
         "figures": ["atr", "cihp"], "out": str(out), "scale": (0.8, 1.25), "steps": 1}
-    train.train(config, config, *runs.open_data(config), Place(0, 1, torch.device("cpu")), Interruption())
+    sets = runs.open_data(config, Figures)
+    train.train(config, config, *sets, Place(0, 1, torch.device("cpu")), Interruption())
     return out
 
 

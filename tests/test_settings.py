@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_train import BASE, DOMAINS, SHORT, batches, lines, run
 
+from figures import Figures
 from sst import checkpoint, runs, scenarios
 from sst.config import ROWS, preset, restored
 from sst.errors import InputError
@@ -133,12 +134,12 @@ def test_step_1_of_dedicated_parsing_has_the_same_weights_of_the_losses_unless_b
 def test_drawn_domains_stand_beside_folders_and_a_limit_takes_some_samples():
     drawn = ["--data", "atr=figures", "cihp=figures", "--preset", "small"]
     config = runs.configure([*drawn, "--limit", "cihp=20"])
-    (atr, cihp), val_sets = runs.open_data(config)
+    (atr, cihp), val_sets = runs.open_data(config, Figures)
     assert (atr.domain.name, len(atr), cihp.domain.name, len(cihp)) == ("atr", 2000, "cihp", 20)
     assert len(val_sets[0]) == 80 and atr.where(0) == "figure 1 of seed 0", "the same as without --data"
-    fewer = runs.open_data(config | {"limit": ["cihp=5"]})[0][1]
+    fewer = runs.open_data(config | {"limit": ["cihp=5"]}, Figures)[0][1]
     assert set(fewer.indices) < set(cihp.indices)
-    assert runs.open_data(config | {"limit": ["cihp=5"], "seed": 1})[0][1].indices != fewer.indices
+    assert runs.open_data(config | {"limit": ["cihp=5"], "seed": 1}, Figures)[0][1].indices != fewer.indices
 
 
 @pytest.mark.parametrize("spec", ["pascal", "pascal=", "=3", "pascal=0", "pascal=-1", "pascal=half"])
