@@ -60,7 +60,8 @@ def main():
 
 def pack(model, file):
     """Write a model.pt in half precision."""
-    content = checkpoint.load(model, "model")
+    net, domains = checkpoint.load_model(model)
+    content = checkpoint.model_content(net, domains, checkpoint.trained_size(net, model))
     weights = {key: w.half() if w.is_floating_point() else w for key, w in content["weights"].items()}
     checkpoint.save(content | {"weights": weights}, file)
     print(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
