@@ -25,6 +25,7 @@ from .resnet import ResNet
 
 FORMAT = 1
 PACKAGED = HERE / "builtin/parser.pt"  # by tools/train_parser.py; docs/model-card.md says how good it is
+MOST_NAMES = 2 ** 22  # bytes of names and settings in a file of weights; a run of ResNet-101 has 0.2 MB
 # what last.pt holds beyond a model.pt
 RUN = {"step", "optimizer", "scaler", "best", "counts", "lists", "config"}
 IMAGENET = {  # torchvision's IMAGENET1K_V1 files, by blocks per stage
@@ -130,7 +131,8 @@ def read_archive(path):
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
+        names = sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
+        if names > MOST_NAMES or packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
             raise ValueError  # PyTorch stores as it is; a few packed bytes may unpack to gigabytes
         if archive.testzip():  # a checksum is wrong; torch.load does not look at them
             raise ValueError

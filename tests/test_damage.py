@@ -59,6 +59,14 @@ def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was_saved(tmp_path):
     assert refused > 50, "a mutation in the padding between records may be harmless, most are not"
 
 
+def test_a_checkpoint_of_a_million_names_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    torch.save(content() | {"domains": [f"class {n}" for n in range(300_000)]}, path)
+    monkeypatch.setattr(torch, "load", None)  # whose reading takes seconds
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        checkpoint.load(path, "run")
+
+
 def test_a_strangers_checkpoint_runs_no_code(tmp_path):
     class Stranger:
         def __reduce__(self):
