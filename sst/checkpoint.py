@@ -132,7 +132,8 @@ def read_archive(path):
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
         names = sum(member.file_size for member in members if member.filename.endswith("data.pkl"))
-        if names > MOST_NAMES or packed or sum(member.file_size for member in members) > Path(path).stat().st_size:
+        whole = sum(member.file_size for member in members)
+        if names > MOST_NAMES or packed or whole > Path(path).stat().st_size:
             raise ValueError  # PyTorch stores as it is; a few packed bytes may unpack to gigabytes
         if archive.testzip():  # a checksum is wrong; torch.load does not look at them
             raise ValueError
