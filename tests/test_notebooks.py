@@ -92,6 +92,27 @@ def test_notebook_is_stored_in_order_and_without_faults(path):
     assert faults(path) == []
 
 
+NAMES = """
+from math import sqrt
+import numpy as np, torch
+from sst.deform_attn import deform_attn
+from sst.domains import builtin_domain
+from sst.losses import L_u
+from sst.modules import masked_attention
+"""  # which the notebooks have imported where their exercises stand
+
+
+def test_the_folded_answers_pass_their_assertions():
+    asserted = 0
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for answer in re.findall(r"```python\n(.*?)```", text(cell["source"]), re.S):
+                if cell["cell_type"] == "markdown":
+                    exec(NAMES + answer, {})
+                    asserted += answer.count("assert ")
+    assert asserted >= 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs_from_top_to_bottom(path):
