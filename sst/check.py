@@ -49,12 +49,16 @@ def report(stages, open_data):
             tally.read(f"{title} {split}", stages[0].workers)
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
-        odd += look_wrong(title, tallies, several=len(found) > 1)
+        odd += look_wrong(title, tallies, several=len(found) > 1 and stages[-1].lam > 0)
     picture = Path(stages[-1].out or ".") / "check.png"
     entries = [picture_of(tallies) for _, tallies, _ in found if tallies]
     if entries:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        save_check(entries, picture)
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            save_check(entries, picture)
+        except OSError as error:
+            raise InputError(f"{picture}: cannot be written ({error.strerror or error}); give a folder of "
+                             "yours: --out DIR") from None
         print(f"\npicture: {picture}")
     verdict = f"bad: {bad}, named above" if bad else "none is bad"
     if odd:
@@ -67,7 +71,7 @@ def report(stages, open_data):
 def look_wrong(title, tallies, several):
     """Print what looks wrong in one dataset. Returns how many things.
 
-    several: there are other domains, so that class names need word vectors (M_static).
+    several: there are other domains and a --lam, so that class names need word vectors (M_static).
     """
     said = [f"{split}: {sentence}" for split, tally in tallies.items()
             for sentence in doubts_of(tally.dataset.domain, tally.pixels, "its label maps", split == "train")]

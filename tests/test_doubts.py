@@ -17,7 +17,7 @@ from sst.checkpoint import model_content, save
 from sst.data import listing, open_dataset
 from sst.domains import builtin_domain
 from sst.doubts import doubts, exchanged
-from sst.errors import InputWarning
+from sst.errors import InputError, InputWarning
 from sst.model import ParsingNet
 
 PERSON = ["background", "person"]
@@ -173,6 +173,16 @@ def test_names_without_a_word_vector(tmp_path, monkeypatch, capsys):
     assert check(monkeypatch, capsys, root)[0] == 0, "alone it needs none"
     status, printed = check(monkeypatch, capsys, root, f"other={folder(tmp_path / 'b', [label], PERSON)}")
     assert status == 1 and 'no word vector: Hut; M_static needs one: give the domain "aliases"' in printed
+    assert check(monkeypatch, capsys, root, f"other={tmp_path / 'b'}", "--lam", "0")[0] == 0
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    root = folder(tmp_path / "a", [np.array([[0, 1], [1, 0]], np.uint8)], PERSON)
+    (tmp_path / "file").write_text("")
+    flags = ["--check", "--workers", "0", "--data", f"mine={root}", "--out", str(tmp_path / "file")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(InputError, match="file/check.png: cannot be written .*; give a folder of yours"):
+        train.main()
 
 
 def test_a_network_may_be_evaluated_on_what_raises_no_doubt(tmp_path, recwarn):
