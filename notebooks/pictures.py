@@ -4,6 +4,7 @@ A finished one is a PIL image, which a notebook shows as it is. matplotlib is im
 """
 
 import io
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,34 @@ class Moving:
         self.frames[0].save(file, "PNG", save_all=True, append_images=self.frames[1:], duration=durations,
                             loop=0)
         return file.getvalue()
+
+
+def touch(draw, columns=None, **choices):
+    """A picture with a control for each choice, where a notebook server shows ipywidgets.
+
+    draw: makes a PIL image from one value of every choice. choices: {name: its values}. Without a server, and
+    in a stored notebook: the pictures of all values, `columns` a row (all in one).
+    """
+    if has_widgets():
+        from ipywidgets import interactive
+        return interactive(draw, **choices)
+    pictures = [draw(**dict(zip(choices, values))) for values in product(*choices.values())]
+    columns = columns or len(pictures)
+    width, height = (max(getattr(picture, side) for picture in pictures) for side in ("width", "height"))
+    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * -(-len(pictures) // columns)), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (width * (k % columns), height * (k // columns)))
+    return sheet
+
+
+def has_widgets():
+    """Whether this runs in a notebook server with ipywidgets."""
+    try:
+        import ipywidgets  # noqa: F401
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return hasattr(get_ipython(), "kernel")
 
 
 def diagram(boxes, arrows, size):
@@ -238,19 +267,21 @@ def apart(points, gap, size):
     return points
 
 
-def sampling_points(image, chosen, reference, locations, weights):
+def sampling_points(image, chosen, reference, locations, weights, key=True):
     """Where queries of deformable attention look: one picture of the photo for each, as a PIL image.
 
     image (H, W, 3) uint8; chosen {title: q}; reference (Q, 2), locations (Q, M, L, P, 2) and weights
     (Q, M, L, P) as `deform_attn` takes them. A level has a colour, a head a marker, a weight an area. The
     white cross is the query. What lies outside the photo reads zeros, and what lies far outside is not drawn.
+    key: whether the legend is drawn.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    figure = Figure(figsize=(2.5 * len(chosen) + 1, 2.85), dpi=110, layout="constrained")
-    widths = [2.5] * len(chosen) + [1]
-    *axes, key = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     H, W = image.shape[:2]
+    wide = 2.5 * min(1, W / H)
+    widths = [wide] * len(chosen) + [1] * key
+    figure = Figure(figsize=(sum(widths), 2.85), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     colours, markers, (_, M, L, _) = ("#ffb000", "#dc267f", "#648fff", "#009e73"), "o^sDvP*X", weights.shape
     for axis, (title, q) in zip(axes, chosen.items()):
         axis.imshow(image, extent=(0, W, H, 0), interpolation="nearest")
@@ -260,14 +291,15 @@ def sampling_points(image, chosen, reference, locations, weights):
                 axis.scatter(x, y, s=6 + 400 * np.asarray(weights[q, m, l]), c=colours[l % 4],
                              marker=markers[m % 8], edgecolor="black", linewidth=0.5, alpha=0.85)
         axis.plot(*(np.asarray(reference[q]) * (W, H)), "+", color="white", markersize=11, markeredgewidth=2)
-        axis.set(xlim=(-0.3 * W, 1.3 * W), ylim=(1.3 * H, -0.3 * H), xticks=[], yticks=[], facecolor="0.85")
+        axis.set(xlim=(-0.2 * W, 1.2 * W), ylim=(1.2 * H, -0.2 * H), xticks=[], yticks=[], facecolor="0.85")
         axis.set_title(title, fontsize=9)
-    dots = [Line2D([], [], linestyle="", marker="o", color=colours[l % 4], label=f"level {l + 1}")
-            for l in range(L)]
-    dots += [Line2D([], [], linestyle="", marker=markers[m % 8], color="0.4", label=f"head {m + 1}")
-             for m in range(M)]
-    key.legend(handles=dots, loc="center left", fontsize=8, frameon=False)
-    key.axis("off")
+    if key:
+        dots = [Line2D([], [], linestyle="", marker="o", color=colours[l % 4], label=f"level {l + 1}")
+                for l in range(L)]
+        dots += [Line2D([], [], linestyle="", marker=markers[m % 8], color="0.4", label=f"head {m + 1}")
+                 for m in range(M)]
+        axes[-1].legend(handles=dots, loc="center left", fontsize=8, frameon=False)
+        axes[-1].axis("off")
     return rendered(figure)
 
 

@@ -3,6 +3,7 @@
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sst.plots import save_curves, save_samples
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
 
 from pictures import (Moving, apart, body_graph, class_places, diagram, heat_map, matrices, panel, place_of,
-                      sampling_points, shade, timings)
+                      sampling_points, shade, timings, touch)
 
 DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"),
                      adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
@@ -102,6 +103,27 @@ def test_a_moving_picture_is_a_png_that_plays():
     assert played.format == "PNG" and played.n_frames == 4 and played.size == (20, 9)
     played.seek(3)
     assert played.convert("RGB").getpixel((0, 0)) == (120, 0, 0) and played.info["duration"] == 2000
+
+
+def test_a_control_is_a_strip_of_pictures_where_no_server_is():
+    def draw(red, mask):
+        return Image.new("RGB", (10, 6 if mask else 8), (red, 0, 255 * mask))
+
+    strip = touch(draw, columns=2, red=[10, 20], mask=[False, True])
+    assert strip.size == (20, 16)
+    assert strip.getpixel((0, 0)) == (10, 0, 0) and strip.getpixel((10, 0)) == (10, 0, 255)
+    assert strip.getpixel((0, 8)) == (20, 0, 0) and strip.getpixel((19, 7)) == (255, 255, 255)
+
+
+def test_a_control_is_a_widget_where_a_server_shows_it(monkeypatch):
+    made = []
+    shell = SimpleNamespace(kernel=None)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    widgets = SimpleNamespace(interactive=lambda draw, **choices: made.append((draw, choices)) or "widget")
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    assert touch(shade, low=[0, 1]) == "widget" and made == [(shade, {"low": [0, 1]})]
+    del shell.kernel  # IPython in a terminal
+    assert touch(lambda low: Image.new("RGB", (3, 3)), low=[0, 1]).size == (6, 3)
 
 
 def test_a_diagram_joins_its_boxes():
