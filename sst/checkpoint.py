@@ -20,7 +20,7 @@ import torch
 from .domains import HERE, from_dict
 from .errors import InputError, InputWarning
 from .files import MEAN_COLOUR
-from .model import Arch, ParsingNet
+from .model import ARCHS, Arch, ParsingNet
 from .resnet import ResNet
 
 FORMAT = 1
@@ -297,6 +297,27 @@ def from_spec(spec, domains, origin="checkpoint"):
 
 
 # From one run to another ------------------------------------------------------------------------------------
+
+
+def start_of(name):
+    """What another run starts from, as the content of a last.pt, and its path.
+
+    name: the folder of a run, a file of weights (model.pt), or "packaged", those of the package. A file of
+    weights has the network, no SST and no settings. Raises InputError.
+    """
+    if name != "packaged" and not Path(name).is_file():
+        path = Path(name) / "last.pt"
+        return load(path, "run"), path
+    path = model_file(None if name == "packaged" else name)
+    net, domains = load_model(path)
+    arch = next((arch for arch, sizes in ARCHS.items() if sizes == net.arch), None)
+    if arch is None:
+        raise InputError(f"{path}: its network is none of {', '.join(ARCHS)}; give the folder of its run")
+    weights = {f"net.{key}": value for key, value in net.state_dict().items()}
+    config = {"preset": arch if arch in ("small", "lite") else "paper", "arch": arch,
+              "backbone_weights": "none" if arch == "small" else "auto"}
+    return {"arch": net.spec(), "domains": [d.to_dict() for d in domains], "weights": weights,
+            "config": config}, path
 
 
 def inherit(model, domains, origin, path):

@@ -124,8 +124,9 @@ SETTINGS = {
             help="label domains to pre-train on (several: universal parsing)"),
         row("target", str, None, None, metavar="NAME=PATH",
             help="the label domain to transfer to; its head is the one that is kept"),
-        row("source_checkpoint", str, None, None, metavar="RUN_DIR",
-            help="a run to transfer from, instead of pre-training"),
+        row("source_checkpoint", str, None, None, metavar="RUN_DIR|MODEL|packaged",
+            help="a run to transfer from, instead of pre-training; with --lam 0 also a model.pt, or the "
+                 "weights that the package carries"),
         row("source_epochs", positive, None, None, metavar="N",
             help="length of the pre-training (default: the transfer's)"),
         row("source_steps", positive, None, None, metavar="N",
@@ -134,8 +135,9 @@ SETTINGS = {
             help="part of the target's training list, chosen by seed"),
     ),
     "a growing pool of label domains (universal)": (
-        row("init_from", str, None, None, metavar="RUN_DIR",
-            help="start from the weights of that run; --data may add and remove domains"),
+        row("init_from", str, None, None, metavar="RUN_DIR|MODEL|packaged",
+            help="start from the weights of that run, of a model.pt, or of the package; --data may add and "
+                 "remove domains"),
     ),
     "the network": (
         row("arch", str, "r50", tuple(ARCHS), small="small", lite="lite",

@@ -52,12 +52,8 @@ def placed(config, world):
 
 def before(given):
     """The Config of the run that --init-from or --source-checkpoint names, or None."""
-    key = "init_from" if given.get("init_from") else "source_checkpoint"
-    origin = given.get(key)
-    if origin and Path(origin).is_file():
-        raise InputError(f"--{key.replace('_', '-')} {origin}: is a file, and model.pt alone lacks the "
-                         "auxiliary modules; give the run's folder, whose last.pt has them")
-    return settings.restored(checkpoint.load(Path(origin) / "last.pt", "run")["config"]) if origin else None
+    start = given.get("init_from") or given.get("source_checkpoint")
+    return settings.restored(checkpoint.start_of(start)[0]["config"]) if start else None
 
 
 def folder_to_resume(given):
@@ -221,10 +217,10 @@ def prepare(config, domains, device, resumed=False):
     """The model of a run as it starts, on its device, and in words what it takes over from another run."""
     start = config.source_checkpoint or config.init_from
     needed = start and not (resumed and config.init_from)  # which finds all in the run's own checkpoint
-    origin = checkpoint.load(f"{start}/last.pt", "run") if needed else None
-    model, words = build(config, domains, origin, resumed), ""
+    origin, path = checkpoint.start_of(start) if needed else (None, None)
+    model, words = build(config, domains, origin, resumed, path), ""
     if origin and config.init_from:
-        words = checkpoint.inherit(model, domains, origin, f"{start}/last.pt")
+        words = checkpoint.inherit(model, domains, origin, path)
     model.to(device, memory_format=torch.channels_last).train()
     if config.sync_bn:
         if device.type != "cuda":

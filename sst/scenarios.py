@@ -114,10 +114,10 @@ def absent(name, sst, terms):
 # From settings ----------------------------------------------------------------------------------------------
 
 
-def build(config, domains, origin=None, resumed=False):
+def build(config, domains, origin=None, resumed=False, path=None):
     """What a run trains. A seed gives the network the same weights whether SST is there or not.
 
-    origin: content of the last.pt (`checkpoint.load`) that --source-checkpoint or --init-from names, or None.
+    origin: what --source-checkpoint or --init-from names (`checkpoint.start_of`), or None. path: its file.
     resumed: the weights will come from a checkpoint of the run itself.
     Raises InputError where a checkpoint does not suit.
     """
@@ -129,7 +129,7 @@ def build(config, domains, origin=None, resumed=False):
         net.backbone.freeze(config.freeze_stages)
     torch.manual_seed(config.seed + 1)
     if config.mode == "dedicated":
-        return build_dedicated(config, domains, origin, net)
+        return build_dedicated(config, domains, origin, net, path)
     sst = build_sst(config, domains, net.arch.dim)
     association = None
     if config.cross and len(domains) > 1:
@@ -175,8 +175,8 @@ def matrices(config, domains, sources=()):
     return intra, static
 
 
-def build_dedicated(config, domains, origin, net):
-    path = f"{config.source_checkpoint}/last.pt"
+def build_dedicated(config, domains, origin, net, path=None):
+    path = path or f"{config.source_checkpoint}/last.pt"
     sources = domains_of(origin, path)
     for d in domains:
         if d.name in (s.name for s in sources):
@@ -196,8 +196,9 @@ def build_dedicated(config, domains, origin, net):
         modules = ("sst.msa.", "sst.mse.")
         weights |= {key: value for key, value in origin["weights"].items() if key.startswith(modules)}
         if any(f"sst.msa.{s.name}.W_s.weight" not in weights for s in sources):
-            raise InputError(f"{path}: was trained without MSA and MSE (--beta 0), which --lam "
-                             f"{config.lam:g} needs; give the folder of a run that has them, or --lam 0")
+            raise InputError(f"{path}: has no MSA and MSE, being weights alone or a run with --beta 0, but "
+                             f"--lam {config.lam:g} needs them; give the run's folder, a run that has them, "
+                             "or --lam 0")
         intra = {s.name: weights[f"sst.mse.{s.name}.M_intra"] for s in sources}
         frozen = SST(sources, net.arch.dim, scr="none", intra=intra)
     source = Universal(from_spec(origin["arch"], sources, path), frozen)

@@ -18,7 +18,7 @@ from sst.runs import configure, stages
 from sst.data import fraction_of
 from sst.config import restored
 from sst.distributed import Interruption, Place
-from sst.domains import builtin_domain
+from sst.domains import LabelDomain, builtin_domain
 from sst.errors import InputError
 from sst.scenarios import build
 
@@ -220,6 +220,28 @@ def test_init_from_runs(source, tmp_path, capsys):
     assert "loaded (" in printed and "network, head of pascal" in printed and "\nnew (" not in printed
 
 
+def test_init_from_a_file_of_weights_is_init_from_its_run_without_sst(source, tmp_path, capsys):
+    flags = "--data", *(f"{name}=figures" for name in ("pascal", "atr", "cihp")), *STEPS, "--beta", 0, "--lam", 0
+    for start, name in ((source, "run"), (source / "model.pt", "file")):
+        run("--init-from", start, "--preset", "demo", *flags, "--out", tmp_path / name)
+    one, two = (checkpoint.load(tmp_path / name / "model.pt", "model")["weights"] for name in ("run", "file"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert "loaded (" in capsys.readouterr().out
+    run("--resume", tmp_path / "file")  # finished: nothing else is needed
+
+
+def test_init_from_the_packaged_weights_starts_with_what_they_say(tmp_path, capsys):
+    config = runs.configure(["--init-from", "packaged", "--data", "atr=figures", "new=x", "--out", "x"])
+    assert (config.preset, config.arch, config.backbone_weights) == ("lite", "lite", "auto")
+    domains = [builtin_domain("atr"), LabelDomain("new", ("background", "bag"), adjacency=())]
+    model, words = runs.prepare(config, domains, torch.device("cpu"))
+    net, _ = checkpoint.load_model(checkpoint.PACKAGED)
+    photo = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval().net(photo)["atr"], net(photo)["atr"])
+    assert "head of new" in words and "left behind: domain ccp-coarse" in words
+
+
 # What is refused --------------------------------------------------------------------------------------------
 
 
@@ -288,7 +310,7 @@ def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_pat
     content["weights"] = {key: value for key, value in content["weights"].items()
                           if not key.startswith("sst.")}
     checkpoint.save(content, alone / "last.pt")
-    refused("was trained without MSA and MSE (--beta 0), which --lam 5 needs",
+    refused("has no MSA and MSE, being weights alone or a run with --beta 0, but --lam 5",
             "--mode", "dedicated", "--source-checkpoint", alone)
     content = last(transfer / "source")
     domain = content["domains"][0]
@@ -298,7 +320,18 @@ def test_one_sentence_for_checkpoints_that_do_not_suit(source, transfer, tmp_pat
     refused("its domain 'cihp' has the classes", "--init-from", alone)
 
 
-def test_a_source_checkpoint_must_be_a_folder_and_the_message_says_so(source, tmp_path, monkeypatch):
+def test_sst_needs_more_than_weights_alone_and_the_message_says_so(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="model.pt.*give the run's folder"):
-        run(*STEPS, "--mode", "dedicated", "--source-checkpoint", source / "model.pt")
+    weights = tmp_path / "cihp.pt"
+    content = checkpoint.load(source / "model.pt", "model")
+    content["domains"] = [d for d in content["domains"] if d["name"] != "pascal"]
+    content["weights"] = {k: w for k, w in content["weights"].items() if not k.startswith("heads.pascal")}
+    checkpoint.save(content, weights)
+    flags = *STEPS, "--mode", "dedicated", "--source-checkpoint", weights
+    with pytest.raises(InputError, match="cihp.pt: has no MSA and MSE.*give the run's folder"):
+        run(*flags)
+    run(*flags, "--beta", 0, "--lam", 0, "--cross", 1, "--out", tmp_path / "taught")
+    assert (tmp_path / "taught/model.pt").is_file()
+    kept = checkpoint.load(tmp_path / "taught/last.pt", "run")["weights"]
+    for key, value in content["weights"].items():
+        assert torch.equal(kept[f"source.net.{key}"], value), "the frozen source is the file's network"
