@@ -305,6 +305,9 @@ def start_of(name):
     name: the folder of a run, a file of weights (model.pt), or "packaged", those of the package. A file of
     weights has the network, no SST and no settings. Raises InputError.
     """
+    if name != "packaged" and not Path(name).exists():
+        raise InputError(f"{name}: no such file; give the folder of a run, a model.pt, or packaged, the "
+                         "weights that the package carries")
     if name != "packaged" and not Path(name).is_file():
         path = Path(name) / "last.pt"
         return load(path, "run"), path
