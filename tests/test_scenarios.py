@@ -238,7 +238,7 @@ def test_init_from_the_packaged_weights_starts_with_what_they_say(tmp_path, caps
     net, _ = checkpoint.load_model(checkpoint.PACKAGED)
     photo = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().net(photo)["atr"], net(photo)["atr"])
+        torch.testing.assert_close(model.eval().net(photo)["atr"], net(photo)["atr"], rtol=1e-3, atol=1e-4)
     assert "head of new" in words and "left behind: domain ccp-coarse" in words
 
 
