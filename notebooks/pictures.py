@@ -53,7 +53,8 @@ def touch(draw, columns=None, **choices):
     pictures = [draw(**dict(zip(choices, values))) for values in product(*choices.values())]
     columns = columns or len(pictures)
     width, height = (max(getattr(picture, side) for picture in pictures) for side in ("width", "height"))
-    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * -(-len(pictures) // columns)), "white")
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * rows), "white")
     for k, picture in enumerate(pictures):
         sheet.paste(picture, (width * (k % columns), height * (k // columns)))
     return sheet

@@ -92,6 +92,23 @@ def test_notebook_is_stored_in_order_and_without_faults(path):
     assert faults(path) == []
 
 
+def test_notebooks_open_in_colab_where_pyproject_names_the_repository():
+    """Without a public address there is nothing that a badge could open."""
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.search(r'^Repository = "https://github.com/([^"]+)"', project, re.M)
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        place = f"{named[1]}/blob/main/notebooks/{path.name}" if named else ""
+        badge = f"https://colab.research.google.com/github/{place}"
+        clone = named and f"git clone https://github.com/{named[1]}"
+        code = next(text(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        if named:
+            assert badge in text(cells[0]["source"]), f"{path.name}: its first cell needs a badge to {badge}"
+            assert clone in code, f"{path.name}: its first code cell must run {clone!r} where sst is missing"
+        else:
+            assert "colab" not in path.read_text(encoding="utf-8"), path.name
+
+
 NAMES = """
 from math import sqrt
 import numpy as np, torch

@@ -221,7 +221,8 @@ def test_init_from_runs(source, tmp_path, capsys):
 
 
 def test_init_from_a_file_of_weights_is_init_from_its_run_without_sst(source, tmp_path, capsys):
-    flags = "--data", *(f"{name}=figures" for name in ("pascal", "atr", "cihp")), *STEPS, "--beta", 0, "--lam", 0
+    data = [f"{name}=figures" for name in ("pascal", "atr", "cihp")]
+    flags = "--data", *data, *STEPS, "--beta", 0, "--lam", 0
     for start, name in ((source, "run"), (source / "model.pt", "file")):
         run("--init-from", start, "--preset", "demo", *flags, "--out", tmp_path / name)
     one, two = (checkpoint.load(tmp_path / name / "model.pt", "model")["weights"] for name in ("run", "file"))
@@ -261,7 +262,7 @@ def test_init_from_the_packaged_weights_starts_with_what_they_say(tmp_path, caps
      "--source-epochs 1 and --source-steps 1: give one of them"),
     (["--mode", "dedicated", "--fraction", "0"], "--fraction 0.0: must lie between"),
     (["--mode", "dedicated", "--fraction", "1.5"], "--fraction 1.5: must lie between"),
-    (["--mode", "dedicated", "--source-checkpoint", "nowhere"], "nowhere: no such file; give the folder of a run"),
+    (["--mode", "dedicated", "--source-checkpoint", "nowhere"], "nowhere: no such file; give the folder"),
     (["--init-from", "nowhere"], "nowhere: no such file; give the folder of a run"),
 ])
 def test_one_sentence_for_scenarios_that_make_no_sense(tmp_path, monkeypatch, flags, message):

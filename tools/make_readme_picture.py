@@ -52,7 +52,8 @@ def arrow(axis, start, end, colour=INK, words="", above=0.17):
 def picture(axis, pixels, x, y, height, edge=INK):
     width = height * pixels.shape[1] / pixels.shape[0]
     axis.imshow(pixels, extent=(x, x + width, y, y + height), zorder=3, interpolation="lanczos")
-    axis.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=edge, linewidth=1.6, zorder=4))
+    axis.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=edge, linewidth=1.6,
+                             zorder=4))
     return x + width
 
 
@@ -77,7 +78,7 @@ def draw_kept(axis, samples, photo, answers):
             rotation=90)
     arrow(axis, (7.0, 6.5), (7.4, 6.5))
     for l, (x, side) in enumerate(((7.5, 0.45), (8.05, 0.75), (8.9, 1.2)), 1):
-        axis.add_patch(Rectangle((x, 6.5 - side / 2), side, side, facecolor="#c9d6e3", edgecolor=KEPT, zorder=3))
+        axis.add_patch(Rectangle((x, 6.5 - side / 2), side, side, facecolor="#c9d6e3", edgecolor=KEPT))
         text(axis, x + side / 2, 6.5 + side / 2 + 0.18, f"$H_{l}$", 15)
     for y, colour, n in ((6.9, ONE, 1), (5.1, TWO, 2)):
         arrow(axis, (10.15, 6.5), (10.6, y + 0.4), colour)
@@ -116,9 +117,10 @@ def draw_thrown_away(axis, numbers):
         arrow(axis, (6.55, middle), (8.15, middle), colour, "$X_0, X_1, X_2, X_3$", 0.22)
         box(axis, 8.2, y, 1.6, 1.0, "$L_{aux}$\nEq. 7", "white", colour, 15, colour)
         arrow(axis, (6.55, 2.65 if n == 1 else 1.2), (10.3, 2.2 if n == 1 else 1.65), colour)
-    box(axis, 10.35, 1.05, 2.4, 1.75, "MST\nEq. 8, $M_{static}$\nEq. 9, $M_{dynamic}$", "white", INK, 15)
+    box(axis, 10.35, 1.05, 2.4, 1.75, "MST\nEq. 8, $M_{static}$\nEq. 9, $M_{dynamic}$", "white", INK)
     arrow(axis, (12.8, 1.92), (13.5, 1.92))
-    box(axis, 13.55, 1.05, 2.1, 1.75, "consistency\n$L_{dataset}$, Eq. 10\n$L_{img}$, Eq. 11", "white", INK, 14)
+    words = "consistency\n$L_{dataset}$, Eq. 10\n$L_{img}$, Eq. 11"
+    box(axis, 13.55, 1.05, 2.1, 1.75, words, "white", INK, 14)
 
 
 def draw(photos, path):
