@@ -80,39 +80,47 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # passes over what has no gradient
 
     def step_matrices(self, group):
-        alike = {}
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        those, directions = [p for p in group["params"] if p.grad is not None], []
+        for p in those:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros(())  # AdamW asks for a count when it is loaded
                 state["momentum"] = torch.zeros_like(p)
             state["step"] += 1
             momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            nesterov = p.grad.lerp(momentum, MOMENTUM).flatten(1)
-            alike.setdefault((len(p), p[0].numel()), []).append((p, nesterov))
+            directions.append(p.grad.lerp(momentum, MOMENTUM).flatten(1))
             p.grad = None
-        for (rows, columns), those in alike.items():  # matrices of one shape at once
-            steps = orthogonalised(torch.stack([direction for _, direction in those]))
-            for (p, _), direction in zip(those, steps):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.view(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+        for p, step in zip(those, orthogonalised(directions)):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(step.view(p.shape), alpha=-group["lr"] * 0.2 * max(step.shape) ** 0.5)
 
 
-def orthogonalised(X):
-    """Matrices X (n, r, c) -> U V^T of their decompositions U S V^T, to within the quintic's 0.68 to 1.21.
+def orthogonalised(matrices):
+    """Each matrix X (r, c) -> U V^T of its decomposition U S V^T, to within the quintic's 0.68 to 1.21.
 
     The Newton-Schulz iteration X <- (A + B XX^T + C (XX^T)^2) X, carried out on XX^T of the smaller side: all
-    its factors are polynomials of the same matrix, so X is needed at the ends only. Zeros stay zeros.
+    its factors are polynomials of the same matrix, so X is needed at the ends only, and matrices whose
+    smaller sides are alike iterate together. Zeros stay zeros.
     """
-    if X.shape[1] > X.shape[2]:
-        return orthogonalised(X.mT).mT
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1e-30)
-    one = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    square, product = X @ X.mT, one
-    for _ in range(STEPS):
-        factor = A * one + B * square + C * square @ square
-        product = factor @ product
-        square = factor @ square @ factor
-    return product @ X
+    wide = [X if X.shape[0] <= X.shape[1] else X.mT for X in matrices]
+    wide = [X / torch.linalg.matrix_norm(X).clamp(min=1e-30) for X in wide]
+    results, sides = [None] * len(wide), {}
+    for n, X in enumerate(wide):
+        sides.setdefault(len(X), []).append(n)
+    for alike in sides.values():
+        products = polynomial(torch.stack([wide[n] @ wide[n].mT for n in alike]))
+        for n, product in zip(alike, products):
+            X = product @ wide[n]
+            results[n] = X if X.shape == matrices[n].shape else X.mT
+    return results
+
+
+def polynomial(square):
+    """The product of the iteration's factors, for squares XX^T (n, r, r)."""
+    for step in range(STEPS):
+        factor = torch.baddbmm(square, square, square, beta=B, alpha=C)
+        factor.diagonal(dim1=1, dim2=2).add_(A)
+        product = factor @ product if step else factor
+        if step < STEPS - 1:
+            square = factor @ square @ factor
+    return product

@@ -38,14 +38,14 @@ def test_the_iteration_as_it_is_published():
     for _ in range(5):
         square = want @ want.mT
         want = 3.4445 * want + (-4.7750 * square + 2.0315 * square @ square) @ want
-    torch.testing.assert_close(orthogonalised(X), want, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(orthogonalised(X.mT), want.mT, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack(orthogonalised(X)), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack(orthogonalised(X.mT)), want.mT, rtol=1e-9, atol=1e-12)
 
 
 def test_singular_vectors_stay_and_values_come_near_one():
     X = rand(4, 16, 24)
     U, S, V = torch.linalg.svd(X, full_matrices=False)
-    values = U.mT @ orthogonalised(X) @ V.mT  # diagonal where the vectors stayed
+    values = U.mT @ torch.stack(orthogonalised(X)) @ V.mT  # diagonal where the vectors stayed
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-9
     assert diagonal.min() > 0.68 and diagonal.max() < 1.21 and S.max() / S.min() > 3
@@ -112,3 +112,11 @@ def test_saved_and_loaded_it_goes_on_as_it_would_have():
     train(net, muon, range(3, 6))
     train(again, loaded, range(3, 6))
     assert torch.equal(net.weight, again.weight) and torch.equal(net.bias, again.bias)
+
+
+def test_matrices_of_many_shapes_iterate_together_and_come_back_in_their_places():
+    matrices = [rand(*shape, seed=n) for n, shape in enumerate([(5, 9), (7, 5), (4, 4), (9, 5), (5, 5), (4, 8)])]
+    together = orthogonalised(matrices)
+    for alone, X in zip(map(lambda X: orthogonalised([X])[0], matrices), together):
+        assert alone.shape == X.shape
+        torch.testing.assert_close(alone, X, rtol=1e-12, atol=1e-12)
