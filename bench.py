@@ -1,7 +1,7 @@
 """What things cost here: deformable attention by every backend, the network, SST's share of a training step.
 
     python bench.py                     all of it; minutes
-    python bench.py --only operator     one table: operator, network, step or parser
+    python bench.py --only operator     one table: operator, network, step, parser or photo
     python bench.py --json              one object instead of tables
 
 Rivals run interleaved, in turns, so that a busy machine slows all of them; medians are shown, and ratios from
@@ -245,12 +245,14 @@ def bench_step(device, rounds):
 
         def step(model, optimizer, config):
             terms, _ = model(images, labels, domain)
-            L_u(terms, config.alpha, config.beta, config.lam).backward()
+            L_u(terms, config.alpha, config.beta, config.lam, config.alpha * config.cross).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         variants = {}
-        for name, flags in (("without SST ms", ["--beta", "0", "--lam", "0"]), ("with SST ms", [])):
+        none = ["--beta", "0", "--lam", "0", "--cross"]
+        for name, flags in (("without SST ms", [*none, "0"]), ("with SST ms", ["--sst", "published"]),
+                            ("with L_cross ms", [*none, "1"])):
             config = runs.configure(["--preset", preset, "--data", "figures", "--arch", arch,
                                      "--backbone-weights", "none", *flags])
             model = build(config, domains).to(device, memory_format=torch.channels_last).train()
@@ -258,8 +260,29 @@ def bench_step(device, rounds):
         times = medians(variants, rounds)
         row = {name: 1000 * seconds for name, seconds in times.items()}
         result[f"{preset}: {arch}, {B} x {side}x{side}"] = row | {
-            "ratio": times["with SST ms"] / times["without SST ms"]}
+            "SST ratio": times["with SST ms"] / times["without SST ms"],
+            "L_cross ratio": times["with L_cross ms"] / times["without SST ms"]}
     return result
+
+
+@torch.no_grad()
+def bench_photo(device, rounds):
+    """A photo of 512x384 in memory -> its label maps, by the parser that the package carries.
+
+    Beside it the network alone, on the photo as it sees it, up to the logits of the same heads.
+    """
+    image = pixels(Image.open(Path(__file__).parent / "docs/photo.jpg").resize((384, 512)))
+    parser = sst.load(device=device.type)
+    seen = torch.from_numpy(parser.canvas(image)[0]).to(device).permute(2, 0, 1)[None] / 255
+    seen = seen.contiguous(memory_format=torch.channels_last)
+    three, rivals = ["ccp-coarse", "ccp-middle", "ccp-fine"], {}
+    for n in (1, 3):
+        rivals[n, "network"] = partial(parser.net, seen, three[:n])
+        rivals[n, "parser"] = partial(parser, image, three[:n])
+    times = medians(rivals, rounds)
+    return {f"label domains: {n}": {"network ms": 1000 * times[n, "network"],
+                                    "parser ms": 1000 * times[n, "parser"],
+                                    "ratio": times[n, "parser"] / times[n, "network"]} for n in (1, 3)}
 
 
 def bench_parser(device, rounds):
@@ -320,7 +343,7 @@ def table(title, rows):
 def main():
     p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=__doc__)
-    p.add_argument("--only", choices=["operator", "network", "step", "parser"], help="one table")
+    p.add_argument("--only", choices=["operator", "network", "step", "parser", "photo"], help="one table")
     p.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="rows of network (all)")
     p.add_argument("--rounds", type=int, default=9, help="turns whose median is taken (9)")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
@@ -337,7 +360,7 @@ def main():
     results = {"about": about}
     network = partial(bench_network, networks=args.networks)
     for name, bench in (("operator", bench_operator), ("network", network), ("step", bench_step),
-                        ("parser", bench_parser)):
+                        ("parser", bench_parser), ("photo", bench_photo)):
         if args.only in (None, name):
             results[name] = bench(device, args.rounds)
             if not args.json:

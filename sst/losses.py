@@ -103,7 +103,7 @@ def direction(x):
     vanish, and its gradient would be infinite. So rows are brought to size 1 by their largest entry before
     their length is taken, which then is at least 1.
     """
-    largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+    largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest < 1e-30, torch.inf, largest)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
 

@@ -292,18 +292,11 @@ def segment_mean(pixels, segment, K):
 def segment_max(pixels, segment, K):
     """(K, D): the elementwise maximum of each segment, 0 if empty; the first of equals has the gradient.
 
-    First where it is, without a graph; then reading those K*D values is all that has a gradient, while
-    differentiating a scattered maximum would walk over every pixel again.
+    PyTorch's embedding bag takes the maximum over a list of rows, and remembers which it was.
     """
-    n, D = pixels.shape
-    with torch.no_grad():
-        index = segment[:, None].expand(-1, D)
-        top = pixels.new_zeros(K, D).scatter_reduce(0, index, pixels, "amax", include_self=False)
-        row = torch.arange(n, device=pixels.device)[:, None]
-        row = torch.where(pixels == top[segment], row, n)
-        position = row.new_full((K, D), n).scatter_reduce(0, index, row, "amin", include_self=False)
-        found = position < n  # an empty segment has none; nor does a NaN, which equals no maximum
-    return torch.where(found, pixels.gather(0, position.clamp(max=max(n - 1, 0))), 0)
+    first = torch.bincount(segment, minlength=K).cumsum(0).roll(1)
+    first[0] = 0
+    return F.embedding_bag(segment.argsort(stable=True), pixels, first, mode="max")
 
 
 def regions_of(labels, H):

@@ -36,9 +36,9 @@ def test_every_table_is_printed(tiny, capsys):
     tiny()
     lines = capsys.readouterr().out.splitlines()
     titles = [line.split()[0] for line in lines if line.endswith(("MiB", "step ms", "ratio"))]
-    assert titles == ["operator", "network", "step", "parser"]
+    assert titles == ["operator", "network", "step", "parser", "photo"]
     for row in ("embedding_bag, float32", "grid_sample, float32", "small, float32", "demo: small, 3 x 64x64",
-                "sst, PyTorch"):
+                "sst, PyTorch", "label domains: 3"):
         numbers = [line.removeprefix(row).split() for line in lines if line.startswith(row)]
         assert len(numbers) == 1 and float(numbers[0][0]) > 0, row
 
@@ -48,7 +48,8 @@ def test_json_is_one_object(tiny, capsys):
     results = json.loads(capsys.readouterr().out)
     assert set(results) == {"about", "step"}
     row = results["step"]["demo: small, 3 x 64x64"]
-    assert row["ratio"] == pytest.approx(row["with SST ms"] / row["without SST ms"])
+    for name in ("SST", "L_cross"):
+        assert row[f"{name} ratio"] == pytest.approx(row[f"with {name} ms"] / row["without SST ms"])
 
 
 def test_the_network_is_measured_in_every_dtype_of_a_gpu(tiny, monkeypatch, capsys):
