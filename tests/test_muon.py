@@ -115,7 +115,8 @@ def test_saved_and_loaded_it_goes_on_as_it_would_have():
 
 
 def test_matrices_of_many_shapes_iterate_together_and_come_back_in_their_places():
-    matrices = [rand(*shape, seed=n) for n, shape in enumerate([(5, 9), (7, 5), (4, 4), (9, 5), (5, 5), (4, 8)])]
+    shapes = [(5, 9), (7, 5), (4, 4), (9, 5), (5, 5), (4, 8)]
+    matrices = [rand(*shape, seed=n) for n, shape in enumerate(shapes)]
     together = orthogonalised(matrices)
     for alone, X in zip(map(lambda X: orthogonalised([X])[0], matrices), together):
         assert alone.shape == X.shape

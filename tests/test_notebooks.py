@@ -109,6 +109,23 @@ def test_notebooks_open_in_colab_where_pyproject_names_the_repository():
             assert "colab" not in path.read_text(encoding="utf-8"), path.name
 
 
+def test_every_cell_has_a_slide_type():
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            assert "slide_type" in cell["metadata"].get("slideshow", {}), (path.name, cell["id"])
+
+
+def test_a_class_gets_copies_without_answers(tmp_path):
+    subprocess.run([*RUN, "--unfilled", tmp_path, *map(str, NOTEBOOKS)], check=True)
+    for path in NOTEBOOKS:
+        before, after = (json.loads((folder / path.name).read_text(encoding="utf-8"))["cells"]
+                         for folder in (path.parent, tmp_path))
+        assert [cell["id"] for cell in before] == [cell["id"] for cell in after]
+        assert not any("<details>" in text(cell["source"]) or cell.get("outputs") for cell in after)
+        assert any("<details>" in text(cell["source"]) for cell in before)
+        assert any("mplement this" in text(cell["source"]) for cell in after), "the exercise itself stays"
+
+
 NAMES = """
 from math import sqrt
 import numpy as np, torch

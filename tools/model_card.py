@@ -127,7 +127,7 @@ def main():
         integers = int8(parser, args.photos, folder)
     lines = tables(evaluated(model, args.photos), evaluated(model, args.photos, "--published"), integers)
     quartiles = np.percentile([miou for miou, _ in ranked], (25, 50, 75))
-    lines += ["", f"Half of the 104 photos have a mIoU of `ccp-middle` between {quartiles[0]:.0f} and "
+    lines += ["", f"Half of the 104 photos have an mIoU of `ccp-middle` between {quartiles[0]:.0f} and "
               f"{quartiles[2]:.0f} %, over the classes in the photo or its prediction."]
     if args.model:
         print("\n".join(lines))

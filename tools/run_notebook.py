@@ -2,6 +2,7 @@
 
     python tools/run_notebook.py notebooks/*.ipynb            refresh the stored outputs
     python tools/run_notebook.py --check notebooks/*.ipynb    only run; the files stay as they are
+    python tools/run_notebook.py --unfilled DIR notebooks/*   copies without answers and outputs, for a class
 
 A cell may hold nothing but Python. Stored are what it prints and the value of its last line: as a picture
 where the value has `_repr_png_` (a PIL image has), else as text. The working directory is the notebook's
@@ -64,14 +65,34 @@ def outputs_of(printed, value, count):
     return outputs
 
 
+def stored(notebook, path):
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def unfilled(notebook):
+    """A notebook without its folded answers and without outputs."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+        source = re.sub(r"<details>.*?</details>\n*", "", source_of(cell), flags=re.S)
+        cell["source"] = source.splitlines(keepends=True)
+    return notebook
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="run only, store nothing")
+    parser.add_argument("--unfilled", type=Path, metavar="DIR",
+                        help="run nothing; write copies without answers and outputs into DIR")
     args = parser.parse_args()
     start = os.getcwd()
     for path in args.notebooks:
         notebook = json.loads(path.read_text(encoding="utf-8"))
+        if args.unfilled:
+            args.unfilled.mkdir(parents=True, exist_ok=True)
+            stored(unfilled(notebook), args.unfilled / path.name)
+            continue
         began, modules = time.time(), list(sys.path)
         os.chdir(path.parent)
         sys.path.insert(0, "")
@@ -81,7 +102,7 @@ def main():
             os.chdir(start)
             sys.path[:] = modules
         if not args.check:
-            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            stored(notebook, path)
         print(f"{path}: {len(code_cells(notebook))} cells, {time.time() - began:.1f} s, "
               f"{path.stat().st_size / 1e6:.2f} MB", flush=True)
 
