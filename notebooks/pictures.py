@@ -3,8 +3,10 @@
 A finished one is a PIL image, which a notebook shows as it is. matplotlib is imported where it is needed.
 """
 
+import inspect
 import io
 from itertools import product
+from textwrap import dedent
 
 import numpy as np
 from PIL import Image
@@ -39,6 +41,19 @@ class Moving:
         self.frames[0].save(file, "PNG", save_all=True, append_images=self.frames[1:], duration=durations,
                             loop=0)
         return file.getvalue()
+
+
+class Listing:
+    """The source of functions and classes of the library, which a notebook shows with its colours."""
+
+    def __init__(self, *things):
+        self.source = "\n".join(dedent(inspect.getsource(thing)) for thing in things).rstrip()
+
+    def __repr__(self):
+        return self.source
+
+    def _repr_markdown_(self):
+        return f"```python\n{self.source}\n```"
 
 
 def touch(draw, columns=None, **choices):

@@ -15,8 +15,8 @@ from sst.plots import save_curves, save_samples
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
 
-from pictures import (Moving, apart, body_graph, class_places, diagram, heat_map, matrices, panel, place_of,
-                      sampling_points, shade, timings, touch)
+from pictures import (Listing, Moving, apart, body_graph, class_places, diagram, heat_map, matrices, panel,
+                      place_of, sampling_points, shade, timings, touch)
 
 DOMAIN = LabelDomain("mine", ("background", "head", "torso", "arms", "hat"),
                      adjacency=(("head", "torso"), ("head", "hat"), ("torso", "arms")))
@@ -124,6 +124,12 @@ def test_a_control_is_a_widget_where_a_server_shows_it(monkeypatch):
     assert touch(shade, low=[0, 1]) == "widget" and made == [(shade, {"low": [0, 1]})]
     del shell.kernel  # IPython in a terminal
     assert touch(lambda low: Image.new("RGB", (3, 3)), low=[0, 1]).size == (6, 3)
+
+
+def test_a_listing_is_source_in_colours():
+    listing = Listing(Moving._repr_png_, place_of)
+    assert listing._repr_markdown_().startswith("```python\ndef _repr_png_(self):\n    durations")
+    assert "def place_of(region):" in repr(listing) and listing._repr_markdown_().endswith("\n```")
 
 
 def test_a_diagram_joins_its_boxes():

@@ -4,9 +4,10 @@
     python tools/run_notebook.py --check notebooks/*.ipynb    only run; the files stay as they are
     python tools/run_notebook.py --unfilled DIR notebooks/*   copies without answers and outputs, for a class
 
-A cell may hold nothing but Python. Stored are what it prints and the value of its last line: as a picture
-where the value has `_repr_png_` (a PIL image has), else as text. The working directory is the notebook's
-folder, and modules that lie there can be imported, as in Jupyter. An error names the cell and its line.
+A cell may hold nothing but Python. What it prints is stored, and the value of its last line: as a picture
+where the value has `_repr_png_` (a PIL image has), as markdown where it has `_repr_markdown_`, and as text.
+The working directory is the notebook's folder, and modules that lie there can be imported, as in Jupyter. An
+error names the cell and its line.
 """
 
 import argparse
@@ -60,6 +61,8 @@ def outputs_of(printed, value, count):
         data = {"text/plain": text.splitlines(keepends=True)}
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
+        if hasattr(value, "_repr_markdown_"):
+            data["text/markdown"] = value._repr_markdown_().splitlines(keepends=True)
         outputs.append({"data": data, "execution_count": count, "metadata": {},
                         "output_type": "execute_result"})
     return outputs
