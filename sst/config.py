@@ -173,9 +173,6 @@ SETTINGS = {
             help="part of the run in which the weight of L_cross rises from 0"),
         row("scr", str, "both", ("both", "dataset", "image", "none"),
             help="consistency terms"),
-        row("scr_form", str, "published", ("published", "centred"),
-            help="centred: the cosines compare rows minus the classes' mean, without a gradient into the "
-                 "row that is mapped onto; not published"),
         row("connect", str, "full", ("full", "progressive"),
             help="pairs of domains"),
         row("regions", str, "label", ("label", "prediction"),
@@ -233,6 +230,10 @@ SETTINGS = {
 ROWS = {setting.name: setting for group in SETTINGS.values() for setting in group}
 
 
+# Settings that earlier versions had, and the value at which they did what is done now.
+REMOVED = {"scr_form": "published"}
+
+
 class Config(SimpleNamespace):
     """The settings of a run by name, such as config.lr. `config | {"lr": 1e-3}` is a copy with changes."""
 
@@ -251,6 +252,10 @@ def restored(fields):
     """
     older = {name: setting.older for name, setting in ROWS.items()}
     fields = fields | {key: tuple(fields[key]) for key in ("size", "crop", "scale") if fields.get(key)}
+    for key, value in REMOVED.items():
+        if (was := fields.pop(key, value)) != value:
+            raise InputError(f"the run was trained with {key} {was}, which this version does not have; go on "
+                             "with the version that began it")
     return Config(**older | {"figures": list(FIGURES)} | fields)
 
 

@@ -26,19 +26,14 @@ def L_aux(A_aux, Y):
     return L_seg(A_aux, Y)
 
 
-def L_dataset(X_1, X_2to1, X_2, X_1to2, distance=None):
-    """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them.
-
-    distance: cosine_distance, as published (None), or centred_distance.
-    """
-    distance = distance or cosine_distance
-    return distance(X_1, X_2to1) + distance(X_2, X_1to2)
+def L_dataset(X_1, X_2to1, X_2, X_1to2):
+    """Eq. 10: X_0 of both domains, (Z_1, D) and (Z_2, D), against what MST mapped onto them."""
+    return cosine_distance(X_1, X_2to1) + cosine_distance(X_2, X_1to2)
 
 
-def L_img(X_1, X_2to1, X_2, X_1to2, distance=None):
+def L_img(X_1, X_2to1, X_2, X_1to2):
     """Eq. 11: the two terms of Eq. 10 with X_l, summed over l: (L, ..., Z, D), image pairs in between."""
-    distance = distance or cosine_distance
-    d_l = distance(X_1, X_2to1, keep=1) + distance(X_2, X_1to2, keep=1)  # (L,)
+    d_l = cosine_distance(X_1, X_2to1, keep=1) + cosine_distance(X_2, X_1to2, keep=1)  # (L,)
     return d_l.sum()
 
 
@@ -109,20 +104,6 @@ def direction(x):
 
 
 # Not the paper's --------------------------------------------------------------------------------------------
-
-
-def centred_distance(X, mapped, keep=0):
-    """cosine_distance of rows minus their mean over the classes, without a gradient into X.
-
-    In Eq. 10 a vector that all rows share brings every cosine near 1, and costs nothing in Eq. 7, whose
-    softmax it leaves as it is. Here it is taken away, and X does not come to meet what is mapped onto it.
-    """
-    return cosine_distance(centred(X).detach(), centred(mapped), keep)
-
-
-def centred(X):
-    """The rows of X (..., Z, D) minus their mean."""
-    return X - X.mean(-2, keepdim=True)
 
 
 def L_cross(A, Y, T, q=None):

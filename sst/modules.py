@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .domains import IGNORE, word_similarity
-from .losses import L_aux, L_dataset, L_img, centred, centred_distance, cosine_distance
+from .losses import L_aux, L_dataset, L_img
 
 L = 3  # decoder scales
 
@@ -129,7 +129,6 @@ class SST(nn.Module):
     domains:    LabelDomains. dim: D, the width of the feature maps.
     intra_mask: "body" (each domain's M_intra) or "none" (Eq. 5).
     scr:        consistency terms, "both", "dataset" (Eq. 10), "image" (Eq. 11) or "none".
-    scr_form:   "published", or "centred" (losses.centred_distance, not the paper's).
     connect:    "full" or "progressive".   aux: whether L_aux is wanted.
     regions:    "label" or "prediction": what delta is made of.
     static:     {(name_1, name_2): M_static (Z_2, Z_1)} in place of word similarity, pairs in either order.
@@ -140,16 +139,14 @@ class SST(nn.Module):
     """
 
     def __init__(self, domains, dim, intra_mask="body", scr="both", connect="full", aux=True, regions="label",
-                 static=None, sources=(), intra=None, scr_form="published"):
+                 static=None, sources=(), intra=None):
         super().__init__()
         one_of("intra_mask", intra_mask, "body", "none")
         one_of("scr", scr, "both", "dataset", "image", "none")
-        one_of("scr_form", scr_form, "published", "centred")
         one_of("connect", connect, "full", "progressive")
         one_of("regions", regions, "label", "prediction")
         self.names, self.sources = [d.name for d in domains], [d.name for d in sources]
         self.aux, self.regions = aux, regions
-        self.distance = centred_distance if scr_form == "centred" else cosine_distance
         pairs = paired(domains, sources, connect) if scr != "none" else []
         self.pairs = [(one.name, two.name) for one, two in pairs]
         self.dataset_level = scr in ("both", "dataset") and len(pairs) > 0
@@ -226,14 +223,14 @@ class SST(nn.Module):
         if self.dataset_level:
             X_1, X_2 = X[one][0], X[two][0]
             X_1to2, X_2to1 = mst.dataset_level(X_1, X_2)
-            dataset = L_dataset(X_1, X_2to1, X_2, X_1to2, self.distance)
+            dataset = L_dataset(X_1, X_2to1, X_2, X_1to2)
         if self.image_level and one in S and two in S:
             X_1, X_2 = torch.stack(X[one][1:]), torch.stack(X[two][1:])  # (L, B_1, Z_1, D), (L, B_2, Z_2, D)
             S_1, S_2 = S[one], S[two]  # the same
             if one not in self.sources:  # all pairs of images; a frozen source sees the target's own
                 X_1, X_2, S_1, S_2 = X_1[:, :, None], X_2[:, None], S_1[:, :, None], S_2[:, None]
             X_1to2, X_2to1 = mst.image_level(X_1, X_2, S_1, S_2)
-            img = L_img(X_1, X_2to1, X_2, X_1to2, self.distance)
+            img = L_img(X_1, X_2to1, X_2, X_1to2)
         return dataset, img
 
     def attention(self, j, i):
@@ -381,6 +378,11 @@ def row_cosine(X):
     X = F.normalize(X.float(), dim=-1)
     Z = X.shape[-2]
     return ((X.sum(-2).square().sum(-1) - X.square().sum((-1, -2))) / (Z * (Z - 1))).mean()
+
+
+def centred(X):
+    """The rows of X (..., Z, D) minus their mean."""
+    return X - X.mean(-2, keepdim=True)
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def build_sst(config, domains, dim, sources=()):
         return None
     intra, static = matrices(config, domains, sources)
     return SST(domains, dim, config.intra_mask, scr, config.connect, aux, config.regions,
-               static=static, sources=sources, intra=intra, scr_form=config.scr_form)
+               static=static, sources=sources, intra=intra)
 
 
 def consistency(config, domains, sources):

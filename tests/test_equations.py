@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sst.domains import LabelDomain, vocabulary
-from sst.losses import L_aux, L_d, L_dataset, L_img, L_seg, L_u, centred_distance, cosine, cosine_distance
+from sst.losses import L_aux, L_d, L_dataset, L_img, L_seg, L_u, cosine, cosine_distance
 from sst.modules import MSA, MSE, MST, SST
 
 LN3 = log(3)
@@ -274,20 +274,6 @@ def test_eq10_adds_the_mean_over_the_rows_of_each_domain():
     two, two_mapped = rows((1, 0), (0, 2), (1, 1)), rows((9, 0), (0, -1), (0, 0))
     close(L_dataset(one, one_mapped, two, two_mapped), 0.52 + 1)
 
-
-def test_the_centred_form_has_no_common_vector_and_no_gradient_into_its_aim():
-    # Not the paper's. Centred: (1, 0), (-1, 0) against (3, 4), (-3, -4): both cosines 3/5.
-    X, mapped = rows((6, 5), (4, 5)).requires_grad_(), rows((103, 4), (97, -4)).requires_grad_()
-    close(centred_distance(X, mapped), 2 / 5)
-    close(L_dataset(X, mapped, X, mapped, centred_distance), 4 / 5)
-    close(L_img(torch.stack([X, X])[:, None], torch.stack([mapped, mapped])[:, None],
-                torch.stack([X, X])[:, None], torch.stack([X, X])[:, None], centred_distance), 2 * 2 / 5)
-    assert cosine_distance(rows((106, 5), (104, 5)), mapped) < 0.01, "Eq. 10 sees the common vector"
-    centred_distance(X, mapped).backward()
-    assert X.grad is None
-    # Of one centred row (3, 4): d cos((1, 0), y) / dy = ((1, 0) - 0.6 (0.6, 0.8)) / 5 = (0.128, -0.096), and
-    # minus it for the other. The mean over rows halves them; the centring subtracts their mean, 0.
-    close(mapped.grad, [[-0.064, 0.048], [0.064, -0.048]])
 
 
 def test_eq10_a_zero_row_counts_1_with_zero_gradient():

@@ -184,7 +184,7 @@ def test_dedicated_parsing_with_beta_0_trains_both_steps(tmp_path, monkeypatch):
 # The losses as published ------------------------------------------------------------------------------------
 
 
-PUBLISHED = dict(alpha=10, beta=1, lam=5, scr="both", scr_form="published", cross=0, intra_mask="body",
+PUBLISHED = dict(alpha=10, beta=1, lam=5, scr="both", cross=0, intra_mask="body",
                  connect="full", regions="label")
 
 
@@ -199,3 +199,10 @@ def test_one_flag_gives_the_published_losses_in_any_preset(name, monkeypatch):
     assert (own.cross == 0.125) == (name != "paper") and own.lr == published.lr
     changed = runs.configure(["--preset", name, "--sst", "published", "--lam", "2", *data])
     assert (changed.lam, changed.beta) == (2, 1), "a flag of its own goes first"
+
+
+def test_a_run_with_a_loss_that_is_gone_is_refused():
+    fields = vars(preset("demo"))
+    assert vars(restored(fields | {"scr_form": "published"})) == vars(restored(fields))
+    with pytest.raises(InputError, match="trained with scr_form centred, which this version does not have"):
+        restored(fields | {"scr_form": "centred"})
