@@ -146,8 +146,8 @@ def open_data(args, heads, via, size):
     if args.data:
         return open_datasets(args.data, args.split)
     if args.split != "val":
-        raise InputError(f"--split {args.split} without --data: the built-in figures are a val list; give "
-                         f"--data NAME=PATH, or leave it out")
+        raise InputError(f"--split {args.split} without --data: the built-in figures have only a val list; "
+                         f"give --data NAME=PATH, or leave it out")
     drawn = [name for name in TABLES if name in heads or name in [data for data, _, _ in via]]
     return [Figures(builtin_domain(name), 2 ** 31, 80, size or (128, 128)) for name in drawn]
 
@@ -238,7 +238,7 @@ def check_maps(path, datasets, heads, via):
             raise InputError(f"--as {data}:{head}={file}: {path} has no head '{head}'; its label domains are "
                              f"{', '.join(heads)}")
         if (data, head) in [other[:2] for other in via[:n]]:
-            raise InputError(f"--as {data}:{head}={file}: {data}:{head} has a map already; give it one")
+            raise InputError(f"--as {data}:{head}={file}: {data}:{head} has a map already; give only one")
 
 
 def check_classes(path, domain, head):

@@ -33,9 +33,9 @@ from sst.plots import save_curves, save_samples
 from sst.scenarios import matrices
 
 NEXT = """
-Next: look at {out}/samples.png and {out}/curves.png; the network is {out}/model.pt.
-  --beta 0 --lam 0 trains the same network without SST, on the same crops;
-  --data NAME=DIR ... trains on your photos; --seed 1 tells luck from progress."""
+Next: look at {out}/samples.png and {out}/curves.png. The network is {out}/model.pt.
+  --beta 0 --lam 0 trains the same network without SST, on the same crops.
+  --data NAME=DIR ... trains on your photos. --seed 1 shows how much of a difference is luck."""
 
 
 def main():
@@ -66,7 +66,7 @@ def train(config, run, train_sets, val_sets, place, interruption):
     B, K = config.batch_size, config.global_batch // config.batch_size
     if K % world:
         raise InputError(f"--global-batch {K * B}: {K} micro-batches of {B} cannot be dealt evenly to "
-                         f"{world} processes")
+                         f"{world} processes; give a multiple of {B * world}")
     schedule = Schedule([len(dataset) for dataset in train_sets], B, config.seed, config.slots)
     epoch_steps = -(-sum(schedule.sizes) // (K * B))
     config.steps = steps = config.steps or config.epochs * epoch_steps
@@ -216,7 +216,7 @@ def validate(net, val_sets, size, place, skipped, interruption):
             return None
         if not matrix.any():
             raise InputError(f"validation of '{dataset.domain.name}': no photo that can be read has a "
-                             "labelled pixel; mend the list, then --resume")
+                             "labelled pixel; repair the list, then go on with --resume")
         results[dataset.domain.name] = scores(matrix)
     net.train()
     return results

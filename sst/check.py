@@ -223,7 +223,7 @@ def counts(tallies):
             some(f"more than once in the {split} list: {len(twice)}", twice)
     leak = sorted(set(names.get("train", ())) & set(names.get("val", ())))
     if leak:
-        some(f"in both lists, so that validation flatters: {len(leak)}", leak)
+        some(f"in both lists, so that validation scores are too high: {len(leak)}", leak)
 
 
 def span(sizes):

@@ -91,7 +91,7 @@ def exchanged(domain, tally):
                          f"{share[c, near]:.0%}")
     if found:
         proposal = {name: [order[k]] for k, name in enumerate(names)}
-        sentences[-1] += f'; if so, "label_map": {json.dumps(proposal, ensure_ascii=False)}'
+        sentences[-1] += f'; if so, give the domain "label_map": {json.dumps(proposal, ensure_ascii=False)}'
     return sentences
 
 

@@ -116,7 +116,7 @@ class Journal:
         if config.resume and path:
             print0(f"goes on after step {self.at.step} ({path})")
         elif config.resume:
-            print0("interrupted before its first checkpoint: begins again")
+            print0("the run was interrupted before its first checkpoint, so it begins again")
 
     def timed(self, batches):
         """The same iterator. The time that training waits for it counts."""
@@ -200,7 +200,7 @@ class Journal:
             losses = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
             print0(f"step {step}/{steps}  epoch {step / self.epoch_steps:.2f}  {losses}  lr {lr:.0e}  "
                    f"{done * self.config.global_batch / elapsed:.1f} images/s, "
-                   f"{100 * self.waited / elapsed:.0f} % waiting for them  "
+                   f"{100 * self.waited / elapsed:.0f} % of the time loading them  "
                    f"{clock(elapsed / done * (steps - step))} left")
 
     def validation(self, results, skipped):

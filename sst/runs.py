@@ -252,7 +252,8 @@ def check_unchanged(config, lists, state, path):
         was = state["lists"].get(name)
         if now != was:
             raise InputError(f"{path}: the training list of '{name}' had {was[0]} photos when the run began, "
-                             f"and has {now[0]} now, or others; put the list back, or start a new run")
+                             f"and has {now[0]} now, or others in their place; put the list back, or "
+                             "start a new run")
 
 
 def as_json(value):

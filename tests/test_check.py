@@ -196,7 +196,7 @@ def test_lists_that_overlap_repeat_or_cannot_be_opened(tmp_path, check):
     status, out = check("--data", f"mine={root}")
     assert status == 0 and "train: 4 listed, 4 usable" in out
     assert f"more than once in the train list: 1\n    {root}/images/a.jpg\n" in out
-    assert f"in both lists, so that validation flatters: 1\n    {root}/images/c.jpg\n" in out
+    assert f"in both lists, so that validation scores are too high: 1\n    {root}/images/c.jpg\n" in out
     (root / "val_id.txt").unlink()
     status, out = check("--data", f"mine={root}", f"other={tmp_path / 'nowhere'}")
     assert status == 1 and "train: 4 listed" in out and "val:" not in out
