@@ -34,7 +34,7 @@ from sst.scenarios import matrices
 
 NEXT = """
 Next: look at {out}/samples.png and {out}/curves.png. The network is {out}/model.pt.
-  --beta 0 --lam 0 trains the same network without SST, on the same crops.
+  On the same crops: --sst published trains it with the paper's losses, --beta 0 --lam 0 --cross 0 with L_seg.
   --data NAME=DIR ... trains on your photos. --seed 1 shows how much of a difference is luck."""
 
 

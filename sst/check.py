@@ -49,7 +49,7 @@ def report(stages, open_data):
             tally.read(f"{title} {split}", stages[0].workers)
             read += len(tally.dataset)
         bad += describe(title, tallies, unopened)
-        odd += look_wrong(title, tallies, several=len(found) > 1 and stages[-1].lam > 0)
+        odd += look_wrong(title, tallies, several=len(found) > 1 and stages[-1].lam + stages[-1].cross > 0)
     picture = Path(stages[-1].out or ".") / "check.png"
     entries = [picture_of(tallies) for _, tallies, _ in found if tallies]
     if entries:
@@ -71,7 +71,7 @@ def report(stages, open_data):
 def look_wrong(title, tallies, several):
     """Print what looks wrong in one dataset. Returns how many things.
 
-    several: there are other domains and a --lam, so that class names need word vectors (M_static).
+    several: there are other domains, and a --lam or --cross, so that class names need word vectors.
     """
     said = [f"{split}: {sentence}" for split, tally in tallies.items()
             for sentence in doubts_of(tally.dataset.domain, tally.pixels, "its label maps", split == "train")]
@@ -80,8 +80,8 @@ def look_wrong(title, tallies, several):
         said += exchanged(domain, tallies["train"])
         without = [name for name in domain.classes if vector(domain, name) is None]
         if several and without:
-            said.append(f"no word vector: {', '.join(without)}; M_static needs one: give the domain "
-                        '"aliases", or train with --lam 0')
+            said.append(f"no word vector: {', '.join(without)}; several domains need one: give the domain "
+                        '"aliases", or train with --lam 0 --cross 0')
     if said:
         some(f"looks wrong: {len(said)}", said)
     return len(said)

@@ -67,7 +67,8 @@ def row(name, type, published, allowed, help, metavar=None, nargs=None, older=No
 # `paper` is Sec. 4.1; where the paper is silent (optimiser, weight decay, backbone rate) it is Mask2Former's.
 # On a CPU steps are few: `small` has the optimiser and schedule that learn fastest, found by experiment
 # (docs/experiments.md). The figures vary in size already, so `demo` does not resize them. `lite` starts from
-# ImageNet weights, which smaller steps and crops nearer to the whole photo keep.
+# ImageNet weights, which smaller steps and crops nearer to the whole photo keep; it has L_cross in place of
+# the paper's losses, which is what was found to gain there (docs/results.md).
 SETTINGS = {
     "the run": (
         row("mode", str, "universal", ("universal", "dedicated"),
@@ -154,9 +155,9 @@ SETTINGS = {
             help="the published losses in any preset: the flags below as in the preset `paper`"),
         row("alpha", float, 10.0, (0, 1e6),
             help="weight of L_seg"),
-        row("beta", float, 1.0, (0, 1e6),
+        row("beta", float, 1.0, (0, 1e6), lite=0.0,
             help="weight of L_aux"),
-        row("lam", float, 5.0, (0, 1e6),
+        row("lam", float, 5.0, (0, 1e6), lite=0.0,
             help="lambda, weight of L_dataset + L_img; in dedicated parsing all three weigh the losses of "
                  "both steps, but with --beta 0 step 1 keeps the preset's beta, and with --beta 0 --lam 0 "
                  "the preset's lambda too"),
@@ -165,7 +166,7 @@ SETTINGS = {
         row("masks", str, None, None, metavar="FILE.json",
             help='matrices of your own: {"intra": {"NAME": [[0 or 1, Z x Z]]}, "static": {"NAME_1:NAME_2": '
                  '[[Z_2 x Z_1]]}}'),
-        row("cross", float, 0.0, (0, 1e3), metavar="W",
+        row("cross", float, 0.0, (0, 1e3), lite=1.0, metavar="W",
             help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published"),
         row("association", str, "counts", ("words", "counts", "mst"),
             help="where L_cross takes its table of associations from"),

@@ -414,8 +414,8 @@ def word_similarity(a, b):
             row = vector(domain, name)
             if row is None:
                 raise InputError(f"{domain.origin}: class '{name}' has no word vector; name a word that has "
-                                 f'one, "aliases": {{"{name}": "hat"}}, or train with --lam 0, or give a '
-                                 "matrix of your own: --masks FILE.json")
+                                 f'one, "aliases": {{"{name}": "hat"}}, or train with --lam 0 --cross 0, or '
+                                 "give a matrix of your own: --masks FILE.json")
             rows.append(row)
         return torch.from_numpy(np.stack(rows))
     return embed(a) @ embed(b).T

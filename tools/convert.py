@@ -253,7 +253,8 @@ def write(args, work, classes, ids, images, labels, **fields):
     without = [name for name in classes if vector(domain, name) is None]
     if without:
         print(f"no word vector: {', '.join(without)}. Several label domains with SST need one: add to "
-              f'domain.json "aliases": {{"{without[0]}": "an English word", ...}}, or train with --lam 0.')
+              f'domain.json "aliases": {{"{without[0]}": "an English word", ...}}, or train with --lam 0 '
+              "--cross 0.")
     print(f"next: python train.py --check --data {args.out.name}={args.out}")
 
 
