@@ -248,8 +248,9 @@ def test_frozen_stages_need_imagenet_s_weights():
 def test_the_preset_lite():
     lite, small = runs.configure(["--preset", "lite", "--data", "pascal=x"]), config.preset("small")
     wanted = dict(preset="lite", arch="lite", backbone_weights="auto", freeze_stages=2, optimizer="adamw",
+                  beta=0.0, lam=0.0, cross=1.0,
                   lr=0.003, backbone_lr_scale=0.3, sst_lr_scale=0.1, decay="linear", drop_at=0.6,
-                  balance=0.25, beta=0.0, lam=0.0, cross=1.0, batch_size=9, size=(160, 96), crop=(160, 96), scale=(0.75, 1.5),
+                  balance=0.25, batch_size=9, size=(160, 96), crop=(160, 96), scale=(0.75, 1.5),
                   resize="common", slots="equal", epochs=17, steps=None, validations=5)
     assert {key: getattr(lite, key) for key in wanted} == wanted
     rest = [name for name in config.ROWS if name not in wanted and name != "data"]
