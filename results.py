@@ -1,6 +1,7 @@
 """docs/results.md and its picture, from the cells that experiments.py keeps: `python experiments.py report`.
 
-A cell is {"bed", "variant", "seed", "scores": {what: mIoU %}, "seconds a step", "steps", ...}. Its variant
+A cell is {"bed", "variant", "seed", "scores": {what: mIoU %}, "seconds a step", "steps", ...}, and where its
+times say nothing, since other work ran beside it, {"other work": true}. Its variant
 may hold changed flags: "multi steps=530" is the baseline with as much time as a variant whose step takes 1.06
 times as long.
 """
@@ -37,8 +38,19 @@ class Bed:
         return ", ".join([self.names[name], *changes])
 
     def seconds(self, variant):
-        """The median of its cells' seconds a step."""
-        return median(cell["seconds a step"] for cell in self.cells if cell["variant"] == variant)
+        """The median of its cells' seconds a step; None where other work ran beside all of them."""
+        times = [cell["seconds a step"] for cell in self.cells
+                 if cell["variant"] == variant and not cell.get("other work")]
+        return median(times) if times else None
+
+    def at_equal_time(self, variant, ratio):
+        """The comparison with the baseline's longer run, where that is as long as the variant's."""
+        if not (ratio and self.longer):
+            return ""
+        steps = {cell["variant"]: cell["steps"] for cell in self.cells}
+        if abs(steps[self.longer[0]] / steps[BASELINE] - ratio) > 0.05:
+            return ""
+        return compared(self.scores[variant], self.scores[self.longer[0]])
 
     def table(self):
         """Lines of Markdown."""
@@ -52,9 +64,10 @@ class Bed:
             if variant.split()[0] == BASELINE or BASELINE not in self.scores:
                 row += f"| | | {self.seconds(variant):.3f} s |"
             else:
-                longer = self.longer and compared(self.scores[variant], self.scores[self.longer[0]])
-                row += f"| {compared(self.scores[variant], self.scores[BASELINE])} | {longer or ''} "
-                row += f"| {self.seconds(variant) / self.seconds(BASELINE):.2f} x |"
+                ratio = self.seconds(variant) and self.seconds(variant) / self.seconds(BASELINE)
+                row += f"| {compared(self.scores[variant], self.scores[BASELINE])} | "
+                row += self.at_equal_time(variant, ratio) + " | "
+                row += f"{ratio:.2f} x |" if ratio else "not measured |"
             lines.append(row)
         if self.name == "unseen-labels":
             own = [cell["scores"]["ccp-fine on photos"] for cell in self.cells if cell["variant"] == BASELINE]
@@ -100,7 +113,8 @@ def compared(scores, baseline):
     if not differences:
         return "no seed in common"
     better = sum(d > 0 for d in differences)
-    return f"{spread(differences, '+')}, {better} of {len(differences)}, p {p_value(differences):.2g}"
+    words = f"{spread(differences, '+')}, {better} of {len(differences)}"
+    return words + (f", p {p_value(differences):.2g}" if len(differences) > 1 else "")
 
 
 def p_value(differences):

@@ -12,8 +12,9 @@ from sst.config import preset
 from sst.domains import builtin_domain
 
 
-def cell(variant, seed, score, bed="balanced-photos", step=0.5):
-    return {"bed": bed, "variant": variant, "seed": seed, "scores": {"mean": score}, "seconds a step": step}
+def cell(variant, seed, score, bed="balanced-photos", step=0.5, steps=500, **more):
+    return {"bed": bed, "variant": variant, "seed": seed, "scores": {"mean": score}, "seconds a step": step,
+            "steps": steps} | more
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def cells(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PICTURE", tmp_path / "results.png")
     made = [cell("multi", seed, 30.0 + seed) for seed in range(5)]
     made += [cell("cross", seed, 30.0 + seed + gain, step=0.6) for seed, gain in enumerate((1, 2, 3, 4))]
-    made += [cell("multi steps=600", seed, 30.5 + seed) for seed in (0, 1)]
+    made += [cell("multi steps=600", seed, 30.5 + seed, steps=600) for seed in (0, 1)]
+    made += [cell("sst", 0, 29.0, step=0.9), cell("sst beta=0", 0, 29.0, step=0.6, **{"other work": True})]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
     (tmp_path / "tuning.jsonl").write_text(json.dumps(cell("multi lr=0.006", 0, 28.0)) + "\n")
     return tmp_path
@@ -56,6 +58,9 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     # Against seeds 0 to 3 at equal steps: 1, 2, 3, 4. Against seeds 0 and 1 with more steps: 0.5, 1.5.
     assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 | 1.20 x |"
             in page)
+    # The longer baseline took 1.2 times as long: no match for 1.8, nor for a time that says nothing.
+    assert "| SST as published | 29.00 | 1 | -1.00, 0 of 1 |  | 1.80 x |" in page
+    assert "| SST as published, beta=0 | 29.00 | 1 | -1.00, 0 of 1 |  | not measured |" in page
     run = "python experiments.py run --photos DIR --only balanced-photos --variants"
     for which in ("multi --seeds 0 1 2 3 4", 'multi --try "steps=600" --seeds 0 1', "cross --seeds 0 1 2 3"):
         assert f"{run} {which}\n" in page
