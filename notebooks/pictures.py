@@ -63,8 +63,9 @@ def touch(draw, columns=None, **choices):
     in a stored notebook: the pictures of all values, `columns` a row (all in one).
     """
     if has_widgets():
-        from ipywidgets import interactive
-        return interactive(draw, **choices)
+        from ipywidgets import interact
+        interact(draw, **choices)  # shows itself
+        return None
     pictures = [draw(**dict(zip(choices, values))) for values in product(*choices.values())]
     columns = columns or len(pictures)
     width, height = (max(getattr(picture, side) for picture in pictures) for side in ("width", "height"))
