@@ -230,7 +230,7 @@ def peers():
             SEGFORMER: t.SegformerForSemanticSegmentation(b2)}
 
 
-def bench_step(device, rounds):
+def bench_step(device, rounds, networks=NETWORKS):
     """A training step of one micro-batch of three domains, optimiser and all, without SST and with it.
 
     Without SST it is the Multi-datasets baseline.
@@ -238,6 +238,8 @@ def bench_step(device, rounds):
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
     result = {}
     for preset, (arch, B, side) in STEPS.items():
+        if arch not in networks:
+            continue
         images = torch.randint(0, 256, (B, 3, side, side), device=device, dtype=torch.uint8)
         labels = torch.randint(0, 7, (B, side // 32, side // 32), device=device)
         labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
@@ -344,7 +346,8 @@ def main():
     p = argparse.ArgumentParser("bench.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=__doc__)
     p.add_argument("--only", choices=["operator", "network", "step", "parser", "photo"], help="one table")
-    p.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="rows of network (all)")
+    p.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS,
+                   help="rows of network and step (all)")
     p.add_argument("--rounds", type=int, default=9, help="turns whose median is taken (9)")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     p.add_argument("--json", action="store_true", help="print one object")
@@ -358,8 +361,8 @@ def main():
     if device.type == "cuda":
         about["copy GB/s"] = round(copy_rate())
     results = {"about": about}
-    network = partial(bench_network, networks=args.networks)
-    for name, bench in (("operator", bench_operator), ("network", network), ("step", bench_step),
+    network, step = (partial(bench, networks=args.networks) for bench in (bench_network, bench_step))
+    for name, bench in (("operator", bench_operator), ("network", network), ("step", step),
                         ("parser", bench_parser), ("photo", bench_photo)):
         if args.only in (None, name):
             results[name] = bench(device, args.rounds)

@@ -100,6 +100,8 @@ def saved(file):
         if not isinstance(fields["out"], str):
             raise ValueError
         return settings.restored(fields)
+    except InputError as error:  # which is a ValueError, too
+        raise InputError(f"{file}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; --resume takes the folder of a run that train.py "
                          "began") from None
