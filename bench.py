@@ -27,7 +27,7 @@ from PIL import Image
 import sst
 from sst import checkpoint, runs
 from sst.deform_attn import deform_attn
-from sst.distributed import compiler_fault
+from sst.distributed import compiler_fault, keep_memory
 from sst.domains import builtin_domain
 from sst.errors import InputError
 from sst.export import export
@@ -120,6 +120,7 @@ def dtypes(device):
 
 
 def bench_operator(device, rounds):
+    keep_memory()  # as train.py does
     result = {}
     for dtype in dtypes(device):
         tensors = operator_inputs(device, getattr(torch, dtype))
@@ -236,6 +237,7 @@ def bench_step(device, rounds, networks=NETWORKS):
     Without SST it is the Multi-datasets baseline.
     """
     domains = [builtin_domain(name) for name in ("pascal", "atr", "cihp")]
+    keep_memory()  # as train.py does
     result = {}
     for preset, (arch, B, side) in STEPS.items():
         if arch not in networks:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .domains import IGNORE, word_similarity
 from .losses import L_cross
-from .modules import one_of, regions_of, rows_of
+from .modules import one_of, parted, regions_of
 
 
 class Association(nn.Module):
@@ -73,15 +73,16 @@ class Association(nn.Module):
 
         source: {name: logits} of the same images by frozen heads (dedicated parsing).
         """
-        total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
+        total, names, (Y,) = 0, list(A), regions_of(labels, [next(iter(A.values()))])
+        if not source:
+            parts, Y = {j: parted(A[j], domain, names) for j in A}, parted(Y, domain, names)
         for j, i in self.pairs:
             if source:  # the images are labelled in j, and q is what the frozen head i says
                 q = source[i].float().softmax(1)
                 total = total + L_cross(A[j], Y, self.T(j, i), q)
                 self.count(j, i, one_hot(Y, A[j].shape[1]), q, Y)
             else:  # those of domain i
-                rows = rows_of(domain, i)
-                A_j, Y_i = A[j][rows], Y[rows]
+                A_j, Y_i = parts[j][i], Y[i]
                 total = total + L_cross(A_j, Y_i, self.T(j, i, sst))  # 0 without an image
                 self.count(j, i, A_j.softmax(1), one_hot(Y_i, A[i].shape[1]), Y_i)
         return total

@@ -10,6 +10,10 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+# Pixels around each map, all zeros. What lies outside is read there, and since all its four pixels are zeros,
+# so is the gradient of its place: nothing asks where a sample is.
+FRAME = 2
+
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
@@ -18,73 +22,72 @@ def embedding_bag(value, shapes, locations, weights):
 
     Takes and returns what `deform_attn` does, in one dtype.
     """
-    B, S, M, d = value.shape
-    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
-    R, n = B * Q * M, L * P
-    N = sum(pixels(shapes))
-    column, x = pixel_before(locations[..., 0], [w for _, w in shapes])
-    line, y = pixel_before(locations[..., 1], [h for h, _ in shapes])
-    # The row of V that a sample's top left pixel is. V has images, within them pixels, within them heads.
-    starts = [sum(pixels(shapes)[:l]) for l in range(L)]
-    heads = [M * start + m for m in range(M) for start in starts for _ in range(P)]
-    first = torch.tensor(heads, dtype=torch.int32)
-    first = first + torch.arange(0, B * N * M, N * M, dtype=torch.int32)[:, None, None]
-    first = torch.addcmul(first, column, spelled_out([M] * L, M, P))
-    first = torch.addcmul(first, line, spelled_out([M * (w + 2) for _, w in shapes], M, P))  # (B, Q, M*L*P)
-    first, x, y, weights = (t.reshape(R, n) for t in (first, x, y, weights))
-    return WeightedRows.apply(value, first, x, y, weights, shapes).view(B, Q, M * d)
-
-
-def spelled_out(per_level, M, P, dtype=torch.int32):
-    """A constant of each level for all MLP samples of a query: broadcasting short axes is far slower."""
-    return torch.tensor([number for _ in range(M) for number in per_level for _ in range(P)], dtype=dtype)
-
-
-def pixel_before(coordinate, sizes):
-    """The last pixel of the framed map (`frame`) whose centre is not beyond a coordinate, and the rest.
-
-    coordinate: (B, Q, M, L, P), along an axis with sizes[l] pixels on level l.
-    Returns the pixel, int32, and the rest, 0 to 1 pixels, both (B, Q, M*L*P).
-    """
-    M, P = coordinate.shape[2], coordinate.shape[4]
-    size = spelled_out(sizes, M, P, coordinate.dtype)
-    # 0 is the first centre of the framed map, and what lies outside goes onto the frame.
-    place = torch.addcmul(torch.full_like(size, 0.5), coordinate.flatten(2), size)
-    place = place.clamp(torch.zeros_like(size), size + 1)
-    last = spelled_out(sizes, M, P)
-    pixel = place.detach().to(torch.int32).clamp(torch.zeros_like(last), last)  # a NaN must not leave V
-    return pixel, place - pixel
+    return WeightedRows.apply(value, locations, weights, shapes)
 
 
 class WeightedRows(torch.autograd.Function):
     """A V and its gradients. A row of A (R, rows of V) holds four neighbouring pixels for each of n samples.
 
-    V is `value` (B, S, M, d), the maps framed: N pixels in all, B*N*M rows of d.
-    first:   (R, n) int32, the row of V that is the top left pixel.
-    x, y:    (R, n), how far right of and below its centre the sample lies, 0 to 1.
-    weights: (R, n).
+    V is `value` (B, S, M, d), the maps framed: N pixels in all, B*N*M rows of d. R = B*Q*M and n = L*P.
     """
 
     @staticmethod
-    def forward(ctx, value, first, x, y, weights, shapes):
+    def forward(ctx, value, locations, weights, shapes):
         V = frame(value, shapes)
-        samples = torch.stack([x, y, weights])  # one tensor: of three, a compiler would recompute two
-        ctx.save_for_backward(V, first, samples)
-        ctx.shapes, ctx.size = shapes, value.shape
+        first, x, y = places(locations, shapes)
+        samples = torch.stack([x, y, weights.reshape(x.shape)])  # of three tensors, a compiler recomputes two
         columns = four_pixels(first, shapes, value.shape[2])
-        entries = torch.stack(four_entries(x, y, weights), dim=1)  # (R, 4, n)
-        return bags(columns.flatten(), equal_rows(columns), entries.flatten(), V)
+        ctx.save_for_backward(V, columns, samples)
+        ctx.shapes, ctx.size = shapes, value.shape
+        entries = torch.stack(four_entries(*samples), dim=1)  # (R, 4, n)
+        out = bags(columns.flatten(), equal_rows(columns), entries.flatten(), V)
+        return out.view(*locations.shape[:2], value.shape[2] * value.shape[3])
 
     @staticmethod
     def backward(ctx, G):
-        V, first, samples = ctx.saved_tensors
-        G, grad_value, grad_samples = G.contiguous(), None, (None, None, None)
-        if any(ctx.needs_input_grad[2:5]):
-            columns = four_pixels(first, ctx.shapes, ctx.size[2])
-            grad_samples = gradients_of_samples(G, V, columns, samples)
+        V, columns, samples = ctx.saved_tensors
+        (B, Q, _), M, L = G.shape, ctx.size[2], len(ctx.shapes)
+        P, G = columns.shape[2] // L, G.reshape(len(columns), ctx.size[3])
+        grad_value = grad_locations = grad_weights = None
+        if any(ctx.needs_input_grad[1:3]):
+            grads = gradients_of_samples(G, V, columns, samples)
+            grad_x, grad_y, grad_weights = (g.view(B, Q, M, L, P) for g in grads)
+            size = torch.tensor(ctx.shapes, dtype=V.dtype).flip(1)  # (L, 2), x then y
+            grad_locations = torch.stack([grad_x, grad_y], dim=-1) * size[:, None]
         if ctx.needs_input_grad[0]:
-            grad_value = gradient_of_value(G, len(V), first, samples, ctx.shapes, ctx.size)
-        return grad_value, None, *grad_samples, None
+            grad_value = gradient_of_value(G, len(V), columns[:, 0], samples, ctx.shapes, ctx.size)
+        return grad_value, grad_locations, grad_weights, None
+
+
+def places(locations, shapes):
+    """Where samples lie: first (R, n) int32, the row of V that is the top left pixel of each one's four, and
+    x, y (R, n), how far right of and below its centre the sample is, 0 to 1.
+
+    V has images, within them pixels, within them heads. What lies outside a map goes onto its frame.
+    """
+    B, Q, M, L, P, _ = locations.shape
+    N, starts = sum(pixels(shapes)), [sum(pixels(shapes)[:l]) for l in range(L)]
+    heads = [M * start + m for m in range(M) for start in starts for _ in range(P)]
+    first = torch.tensor(heads, dtype=torch.int32)
+    first = first + torch.arange(0, B * N * M, N * M, dtype=torch.int32)[:, None, None]  # (B, 1, M*L*P)
+    rests = []
+    for axis in (0, 1):
+        sizes = [shape[1 - axis] for shape in shapes]
+        size = spelled_out(sizes, M, P, locations.dtype)
+        # 0 is the first centre of the framed map.
+        place = torch.addcmul(size.new_full((), FRAME - 0.5), locations[..., axis].flatten(2), size)
+        place = place.clamp_(torch.zeros_like(size), size + FRAME)
+        last = spelled_out(sizes, M, P) + FRAME
+        pixel = place.to(torch.int32).clamp_(torch.zeros_like(last), last)  # a NaN must not leave V
+        step = [M] * L if axis == 0 else [M * (w + 2 * FRAME) for _, w in shapes]
+        first = torch.addcmul(first, pixel, spelled_out(step, M, P))
+        rests.append(place.sub_(pixel))
+    return [t.view(B * Q * M, L * P) for t in (first, *rests)]
+
+
+def spelled_out(per_level, M, P, dtype=torch.int32):
+    """A constant of each level for all MLP samples of a query: broadcasting short axes is far slower."""
+    return torch.tensor([number for _ in range(M) for number in per_level for _ in range(P)], dtype=dtype)
 
 
 def gradients_of_samples(G, V, columns, samples):
@@ -100,7 +103,7 @@ def gradients_of_samples(G, V, columns, samples):
         zeros = torch.zeros(columns.numel(), dtype=V.dtype)
         A = torch.sparse_csr_tensor(equal_rows(columns), columns.flatten(), zeros, (len(G), len(V)),
                                     check_invariants=False)
-        products = torch.sparse.sampled_addmm(A, G, V.t(), beta=0.0).values().view_as(columns)
+        products = torch.sparse.sampled_addmm(A, G, V.t(), beta=0.0, out=A).values().view_as(columns)
     upper_left, upper_right, lower_left, lower_right = products.unbind(1)  # (R, n)
     x, y, weights = samples
     upper, lower = torch.lerp(upper_left, upper_right, x), torch.lerp(lower_left, lower_right, x)
@@ -125,25 +128,24 @@ def gradient_of_value(G, rows_of_V, first, samples, shapes, size):
     parts = [product.split(pixels(shapes), dim=1) for product in products]
     maps = []
     for (h, w), level in zip(shapes, zip(*parts)):
-        framed = (part.unflatten(1, (h + 2, w + 2)) for part in level)
+        framed = (part.unflatten(1, (h + 2 * FRAME, w + 2 * FRAME)) for part in level)
         upper_left, upper_right, lower_left, lower_right = framed
-        maps.append(upper_left[:, 1:-1, 1:-1] + upper_right[:, 1:-1, :-2]
-                    + lower_left[:, :-2, 1:-1] + lower_right[:, :-2, :-2])
+        rows, columns = slice(FRAME, -FRAME), slice(FRAME, -FRAME)
+        before = slice(FRAME - 1, -FRAME - 1)
+        maps.append(upper_left[:, rows, columns] + upper_right[:, rows, before]
+                    + lower_left[:, before, columns] + lower_right[:, before, before])
     return torch.cat([image.flatten(1, 2) for image in maps], dim=1)
 
 
 def pixels(shapes):
     """Pixels of each framed map."""
-    return [(h + 2) * (w + 2) for h, w in shapes]
+    return [(h + 2 * FRAME) * (w + 2 * FRAME) for h, w in shapes]
 
 
 def frame(value, shapes):
-    """value (B, S, M, d) -> (B*N*M, d), each map with a frame of zeros, one pixel wide.
-
-    What lies outside a map is read on its frame, so that nothing asks where a pixel is.
-    """
+    """value (B, S, M, d) -> (B*N*M, d), each map with its frame of zeros."""
     levels = value.split([h * w for h, w in shapes], dim=1)
-    maps = [F.pad(rows.unflatten(1, size), (0, 0, 0, 0, 1, 1, 1, 1)) for rows, size in zip(levels, shapes)]
+    maps = [F.pad(rows.unflatten(1, size), (0, 0, 0, 0, *[FRAME] * 4)) for rows, size in zip(levels, shapes)]
     return torch.cat([image.flatten(1, 2) for image in maps], dim=1).flatten(0, 2)
 
 
@@ -153,8 +155,11 @@ def four_pixels(first, shapes, M):
     The first one's neighbours lie M rows on, a line of the map on, and both.
     """
     P = first.shape[1] // len(shapes)
-    steps = [[M * (i * (w + 2) + j) for _, w in shapes for _ in range(P)] for i in (0, 1) for j in (0, 1)]
-    return torch.stack([first + torch.tensor(step, dtype=torch.int32) for step in steps], dim=1)
+    steps = torch.tensor([[M * (i * (w + 2 * FRAME) + j) for _, w in shapes for _ in range(P)]
+                          for i in (0, 1) for j in (0, 1)], dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        return torch.stack([first + step for step in steps], dim=1)  # one sum would need a division for each
+    return first[:, None] + steps
 
 
 def four_entries(x, y, weights):

@@ -3,6 +3,7 @@
 A place to run, sums over ranks, one batch norm for all, and a common end. Alone, a process is rank 0 of 1.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -40,6 +41,8 @@ def start():
             raise InputError(f"torchrun started {device.index + 1} or more processes here, but there are "
                              f"{count} GPUs; use --nproc_per_node={count}")
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if "RANK" in os.environ:
         store = launch_store()
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -47,6 +50,22 @@ def start():
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
     return Place(rank, world, device)
+
+
+def keep_memory():
+    """Have the C library keep what this process frees, for its next step, which asks for the same again.
+
+    glibc gives large blocks back to the system, and each of their pages that is asked for again costs a fault:
+    10,000 a step of the demo (docs/performance.md). Other C libraries have no such setting and go on as they
+    are. What the process needed at its peak stays with it until it ends.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 32 * 2 ** 20)  # the largest that it takes
 
 
 def stop():

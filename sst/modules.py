@@ -184,17 +184,18 @@ class SST(nn.Module):
         for source, (S_source, X_source) in (given or {}).items():
             S[source], X[source] = S_source, X_source
         with torch.autocast(H[0].device.type, enabled=False):
+            maps = [parted(full_precision(H_l), domain, self.names) for H_l in H]
+            Y = parted(labels, domain, self.names)
             for name in self.names:
-                rows = rows_of(domain, name)
-                if rows == []:  # no image of this domain: nothing to say about it but X_0
+                if name not in domain:  # nothing to say about it but X_0
                     X[name] = self.mse[name](None)
                     continue
-                H_d, Y = [full_precision(H_l[rows]) for H_l in H], labels[rows]
+                H_d = [H_l[name] for H_l in maps]
                 A = logits[name] if self.regions == "prediction" and self.msa else None
-                S[name], X[name] = self.represent(name, H_d, Y, A)
+                S[name], X[name] = self.represent(name, H_d, Y[name], A)
                 if self.aux:
                     A_aux = MSE.auxiliary(H_d[-1], X[name][-1])  # Eq. 7, with F = H_3
-                    losses[f"aux/{name}"] = L_aux(A_aux, Y)
+                    losses[f"aux/{name}"] = L_aux(A_aux, Y[name])
             pairs = [self.consistency(one, two, S, X) for one, two in self.pairs]
         if self.dataset_level:
             losses["dataset"] = sum(dataset for dataset, _ in pairs)
@@ -317,10 +318,16 @@ def full_precision(H_l):
     return H_l.to(torch.promote_types(H_l.dtype, torch.float32))
 
 
-def rows_of(domain, name):
-    """Where the images of a domain stand in a batch: a slice if side by side (no copy), else indices."""
-    rows = [row for row, d in enumerate(domain) if d == name]
-    return slice(rows[0], rows[-1] + 1) if rows and rows[-1] - rows[0] + 1 == len(rows) else rows
+def parted(x, domain, names):
+    """{name: the images of that domain in x (B, ...)}. domain: the name of each image.
+
+    Where the domains stand one after the other, as in training, it is one split. It copies nothing, and its
+    gradient is put together once, where an index for each domain would add up maps of zeros.
+    """
+    sizes = [domain.count(name) for name in names]
+    if domain == [name for name, size in zip(names, sizes) for _ in range(size)]:
+        return dict(zip(names, x.split(sizes)))
+    return {name: x[[row for row, d in enumerate(domain) if d == name]] for name in names}
 
 
 def named(domain, names):

@@ -17,7 +17,7 @@ from .errors import InputError
 from .files import MEAN_COLOUR
 from .losses import L_seg
 from .model import STRIDE, ParsingNet
-from .modules import SST, intra_matrix, named, paired, rows_of, static_matrix
+from .modules import SST, intra_matrix, named, paired, parted, static_matrix
 
 
 class Universal(nn.Module):
@@ -41,10 +41,10 @@ class Universal(nn.Module):
         if self.association is not None:
             every = {name: head(H[-1]) for name, head in self.net.heads.items()}
             terms["cross"] = self.association(every, labels, domain, self.sst, source)
+        F_, Y = (parted(x, domain, list(self.net.heads)) for x in (H[-1], labels))
         for name, head in self.net.heads.items():
-            rows = rows_of(domain, name)
-            A[name] = head(H[-1][rows])
-            terms[f"seg/{name}"] = L_seg(A[name], labels[rows], self.balance)  # Eq. 1
+            A[name] = head(F_[name])
+            terms[f"seg/{name}"] = L_seg(A[name], Y[name], self.balance)  # Eq. 1
         if self.sst is not None:
             losses, X = self.sst(H, labels, domain, A, given)
             terms |= losses

@@ -9,8 +9,8 @@ import torch
 
 from sst.domains import LabelDomain
 from sst.losses import L_seg, L_u, cosine
-from sst.modules import (MSA, MSE, SST, centred_cosine, connections, effective_rank, predicted_regions,
-                         regions_of, row_cosine, rows_of)
+from sst.modules import (MSA, MSE, SST, centred_cosine, connections, effective_rank, parted,
+                         predicted_regions, regions_of, row_cosine)
 
 SIZES = {"a": 4, "b": 3, "c": 5}
 
@@ -49,15 +49,20 @@ def test_one_domain_is_connected_to_nothing():
 
 # Which images
 
-def test_rows_of_a_domain_are_a_slice_where_they_are_neighbours():
-    assert rows_of([0, 0, 1, 2, 2], 0) == slice(0, 2)
-    assert rows_of([0, 0, 1, 2, 2], 1) == slice(2, 3)
-    assert rows_of([0, 0, 1, 2, 2], 2) == slice(3, 5)
+@pytest.mark.parametrize("domain", ["aabcc", "abaca", "cab", "aa", "ccb"])
+def test_parted_has_the_images_of_each_domain_and_their_gradient(domain):
+    x = torch.arange(2.0 * len(domain)).view(-1, 2).requires_grad_()
+    parts = parted(x, list(domain), ["a", "b", "c"])
+    for name, part in parts.items():
+        assert part.tolist() == [row for row, d in zip(x.tolist(), domain) if d == name]
+    (parts["a"].sum() + 2 * parts["b"].sum() + 3 * parts["c"].sum()).backward()
+    assert x.grad[:, 0].tolist() == [{"a": 1, "b": 2, "c": 3}[d] for d in domain]
 
 
-def test_rows_of_a_domain_are_indices_where_others_stand_between():
-    assert rows_of([0, 1, 0, 0], 0) == [0, 2, 3]
-    assert rows_of([0, 1, 0, 0], 2) == []
+def test_domains_that_stand_one_after_the_other_are_parted_without_a_copy():
+    x = torch.zeros(5, 2)
+    assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+               for part in parted(x, list("aabcc"), ["a", "b", "c"]).values())
 
 
 def test_the_order_of_the_images_does_not_matter():
