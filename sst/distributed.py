@@ -55,9 +55,9 @@ def start():
 def keep_memory():
     """Have the C library keep what this process frees, for its next step, which asks for the same again.
 
-    glibc gives large blocks back to the system, and each of their pages that is asked for again costs a fault:
-    10,000 a step of the demo (docs/performance.md). Other C libraries have no such setting and go on as they
-    are. What the process needed at its peak stays with it until it ends.
+    glibc gives large blocks back to the system, and each of their pages costs a fault when it is asked for
+    again: 10,000 a step of the demo (docs/performance.md). Other C libraries have no such setting and go on
+    as they are. What the process needed at its peak stays with it until it ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
