@@ -19,7 +19,10 @@ def cell(variant, seed, score, bed="balanced-photos", step=0.5, steps=500, **mor
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Four seeds of two variants, a fifth that only one has, and two of the baseline with more steps; two of a poor domain."""
+    """Four seeds of two variants, a fifth that only one has, and two of the baseline with more steps.
+
+    The ceiling of a poor domain, of which there are two, are the first five.
+    """
     monkeypatch.setattr(experiments, "CELLS", tmp_path / "cells.jsonl")
     monkeypatch.setattr(experiments, "TUNING", tmp_path / "tuning.jsonl")
     monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
