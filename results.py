@@ -78,12 +78,12 @@ class Bed:
                  f"| | {self.score}, mIoU % | n | against {baseline}, equal steps | equal time | a step |",
                  "|---|---|---|---|---|---|"]
         for variant in self.variants:
-            values = list(self.scores[variant].values())
+            values, seconds = list(self.scores[variant].values()), self.seconds(variant)
             row = f"| {self.label(variant)} | {spread(values)} | {len(values)} "
             if variant.split()[0] == BASELINE or BASELINE not in self.scores:
-                row += f"| | | {self.seconds(variant):.3f} s |"
+                row += f"| | | {seconds:.3f} s |" if seconds else "| | | not measured |"
             else:
-                ratio = self.seconds(variant) and self.seconds(variant) / self.seconds(BASELINE)
+                ratio = seconds and self.seconds(BASELINE) and seconds / self.seconds(BASELINE)
                 row += f"| {compared(self.scores[variant], self.scores[BASELINE])} | "
                 row += self.at_equal_time(variant, ratio) + " | "
                 row += f"{ratio:.2f} x |" if ratio else "not measured |"

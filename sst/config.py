@@ -167,7 +167,8 @@ SETTINGS = {
             help='matrices of your own: {"intra": {"NAME": [[0 or 1, Z x Z]]}, "static": {"NAME_1:NAME_2": '
                  '[[Z_2 x Z_1]]}}'),
         row("cross", float, 0.0, (0, 1e3), lite=1.0, metavar="W",
-            help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published"),
+            help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published; 0 where "
+                 "other label sets merge what yours tells apart"),
         row("association", str, "counts", ("words", "counts", "mst"),
             help="where L_cross takes its table of associations from"),
         row("cross_ramp", float, 0.4, (0, 1), metavar="PART",
