@@ -37,7 +37,7 @@ class WeightedRows(torch.autograd.Function):
         first, x, y = places(locations, shapes)
         samples = torch.stack([x, y, weights.reshape(x.shape)])  # of three tensors, a compiler recomputes two
         columns = four_pixels(first, shapes, value.shape[2])
-        ctx.save_for_backward(V, columns, samples)
+        ctx.save_for_backward(V, first, samples)  # not the columns, which are four times as large
         ctx.shapes, ctx.size = shapes, value.shape
         entries = torch.stack(four_entries(*samples), dim=1)  # (R, 4, n)
         out = bags(columns.flatten(), equal_rows(columns), entries.flatten(), V)
@@ -45,17 +45,17 @@ class WeightedRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, G):
-        V, columns, samples = ctx.saved_tensors
-        (B, Q, _), M, L = G.shape, ctx.size[2], len(ctx.shapes)
-        P, G = columns.shape[2] // L, G.reshape(len(columns), ctx.size[3])
+        V, first, samples = ctx.saved_tensors
+        (B, Q, _), (_, _, M, d), L = G.shape, ctx.size, len(ctx.shapes)
+        P, G = first.shape[1] // L, G.reshape(len(first), d)
         grad_value = grad_locations = grad_weights = None
         if any(ctx.needs_input_grad[1:3]):
-            grads = gradients_of_samples(G, V, columns, samples)
+            grads = gradients_of_samples(G, V, four_pixels(first, ctx.shapes, M), samples)
             grad_x, grad_y, grad_weights = (g.view(B, Q, M, L, P) for g in grads)
             size = torch.tensor(ctx.shapes, dtype=V.dtype).flip(1)  # (L, 2), x then y
             grad_locations = torch.stack([grad_x, grad_y], dim=-1) * size[:, None]
         if ctx.needs_input_grad[0]:
-            grad_value = gradient_of_value(G, len(V), columns[:, 0], samples, ctx.shapes, ctx.size)
+            grad_value = gradient_of_value(G, len(V), first, samples, ctx.shapes, ctx.size)
         return grad_value, grad_locations, grad_weights, None
 
 
