@@ -35,7 +35,7 @@ class WeightedRows(torch.autograd.Function):
     def forward(ctx, value, locations, weights, shapes):
         V = frame(value, shapes)
         first, x, y = places(locations, shapes)
-        samples = torch.stack([x, y, weights.reshape(x.shape)])  # of three tensors, a compiler recomputes two
+        samples = torch.stack([x, y, weights.reshape(x.shape)])  # of three, a compiler recomputes two
         columns = four_pixels(first, shapes, value.shape[2])
         ctx.save_for_backward(V, first, samples)  # not the columns, which are four times as large
         ctx.shapes, ctx.size = shapes, value.shape
