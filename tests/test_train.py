@@ -1,7 +1,6 @@
 """train.py: the flags, what SST leaves untouched, what a run writes, several processes, what is refused."""
 
 import json
-import platform
 import subprocess
 import sys
 import zipfile
@@ -274,29 +273,6 @@ import train
 train.Figures.__len__ = lambda self: min(self.count, 6)  # a short validation
 train.main()
 """
-
-
-FAULTS = """
-import resource, sys, torch
-from sst.distributed import keep_memory
-if sys.argv[1:]:
-    keep_memory()
-def step():
-    return [torch.zeros(3, 2 ** 20) for _ in range(3)]  # 12 MiB each, freed together
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
-def test_memory_that_a_step_frees_is_there_for_the_next():
-    programs = [[sys.executable, "-c", FAULTS, *keep] for keep in ([], ["keep"])]
-    given_back, kept = (int(subprocess.check_output(program, cwd=ROOT)) for program in programs)
-    assert kept < given_back / 2
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
