@@ -34,8 +34,7 @@ CELLS, TUNING = ROOT / "docs/cells.jsonl", ROOT / "docs/tuning.jsonl"
 NO_SST = ["--beta", "0", "--lam", "0", "--cross"]
 VARIANTS = {
     "multi": ("Multi-datasets", [*NO_SST, "0"]),
-    "cross": ("+ L_cross, associations counted", [*NO_SST, "1", "--association", "counts"]),
-    "cross-words": ("+ L_cross, associations from words", [*NO_SST, "1", "--association", "words"]),
+    "cross": ("+ L_cross", [*NO_SST, "1"]),
     "sst": ("SST as published", ["--sst", "published"]),
 }
 BUILTIN = ROOT / "sst/builtin"

@@ -12,16 +12,15 @@ from torch import nn
 
 from .domains import IGNORE, word_similarity
 from .losses import L_cross
-from .modules import one_of, parted, regions_of
+from .modules import parted, regions_of
 
 
 class Association(nn.Module):
     """Which class of one domain is which of another: T_ji (Z_j, Z_i) of every ordered pair, for L_cross.
 
-    how: "words": a softmax of the similarities of the class names.
-         "counts": what head j predicts where domain i has a label, an EM step, with the words as prior.
-         "mst": the softmax of Eq. 8 with the words as prior, learned by gradient through L_cross.
-    N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm (StepStatistics).
+    What head j predicts where domain i has a label is counted, an EM step, with the similarities of the class
+    names as prior. N_ji (Z_j, Z_i) is a running mean over steps, kept like the statistics of batch norm
+    (StepStatistics).
 
     sources: LabelDomains of a frozen network (dedicated parsing). Pairs are then each of `domains`, as j,
     with each of them, as i; what is counted is what the frozen heads say where `domains` have labels.
@@ -29,28 +28,20 @@ class Association(nn.Module):
 
     TEMPERATURE, MOMENTUM, PRIOR = 0.1, 0.98, 0.3
 
-    def __init__(self, domains, how, sources=()):
+    def __init__(self, domains, sources=()):
         super().__init__()
-        one_of("association", how, "words", "counts", "mst")
-        self.how = how
         pairs = product(domains, sources) if sources else permutations(domains, 2)
         self.pairs = []
         for j, i in pairs:
             self.pairs.append((j.name, i.name))
-            words = word_similarity(j, i) / self.TEMPERATURE
+            words = (word_similarity(j, i) / self.TEMPERATURE).softmax(-1)
             self.register_buffer(f"words:{j.name}:{i.name}", words, persistent=False)
-            if how == "counts":
-                self.register_buffer(f"N:{j.name}:{i.name}", torch.zeros_like(words))
+            self.register_buffer(f"N:{j.name}:{i.name}", torch.zeros_like(words))
 
-    def T(self, j, i, sst=None):
-        """(Z_j, Z_i), rows summing to 1."""
-        words = getattr(self, f"words:{j}:{i}")
-        if self.how == "mst":
-            return (sst.attention(j, i) + words).softmax(-1)
-        if self.how == "words":
-            return words.softmax(-1)
-        N = getattr(self, f"N:{j}:{i}")
-        T = N + (self.PRIOR * N.sum(-1, keepdim=True) + 1e-6) * words.softmax(-1)
+    def T(self, j, i):
+        """(Z_j, Z_i), rows summing to 1; the similarity of words where nothing is counted yet."""
+        N, words = getattr(self, f"N:{j}:{i}"), getattr(self, f"words:{j}:{i}")
+        T = N + (self.PRIOR * N.sum(-1, keepdim=True) + 1e-6) * words
         return T / T.sum(-1, keepdim=True)
 
     def statistics(self):
@@ -63,12 +54,12 @@ class Association(nn.Module):
 
         Y (B, h, w): 255 where nothing is counted.
         """
-        if self.training and self.how == "counts" and len(Y):
+        if self.training and len(Y):
             N = getattr(self, f"N:{j}:{i}")
             p_j, p_i = (p.float().permute(0, 2, 3, 1)[Y != IGNORE] for p in (p_j, p_i))  # (n, Z)
             N.lerp_((p_j.T @ p_i / max(1, len(p_j))).to(N.dtype), 1 - self.MOMENTUM)
 
-    def forward(self, A, labels, domain, sst=None, source=None):
+    def forward(self, A, labels, domain, source=None):
         """The sum of L_cross over the pairs. A: {name: logits (B, Z, h, w)} of all images.
 
         source: {name: logits} of the same images by frozen heads (dedicated parsing).
@@ -83,7 +74,7 @@ class Association(nn.Module):
                 self.count(j, i, one_hot(Y, A[j].shape[1]), q, Y)
             else:  # those of domain i
                 A_j, Y_i = parts[j][i], Y[i]
-                total = total + L_cross(A_j, Y_i, self.T(j, i, sst))  # 0 without an image
+                total = total + L_cross(A_j, Y_i, self.T(j, i))  # 0 without an image
                 self.count(j, i, A_j.softmax(1), one_hot(Y_i, A[i].shape[1]), Y_i)
         return total
 

@@ -169,8 +169,6 @@ SETTINGS = {
         row("cross", float, 0.0, (0, 1e3), lite=1.0, metavar="W",
             help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published; 0 where "
                  "other label sets merge what yours tells apart"),
-        row("association", str, "counts", ("words", "counts", "mst"),
-            help="where L_cross takes its table of associations from"),
         row("cross_ramp", float, 0.4, (0, 1), metavar="PART",
             help="part of the run in which the weight of L_cross rises from 0"),
         row("scr", str, "both", ("both", "dataset", "image", "none"),
@@ -233,7 +231,7 @@ ROWS = {setting.name: setting for group in SETTINGS.values() for setting in grou
 
 
 # Settings that earlier versions had, and the value at which they did what is done now.
-REMOVED = {"scr_form": "published"}
+REMOVED = {"scr_form": "published", "association": "counts"}
 
 
 class Config(SimpleNamespace):
@@ -415,9 +413,6 @@ def check_scenario(given):
                             "it belongs to --mode dedicated"))
     if not dedicated:
         return
-    if config.cross and config.association == "mst":
-        raise InputError("--association mst: the frozen source has no attention to the target's classes; "
-                         "dedicated parsing takes words or counts")
     if config.source_checkpoint and (config.source or config.source_epochs or config.source_steps):
         raise InputError(f"--source-checkpoint {config.source_checkpoint}: takes the place of pre-training; "
                          "leave out --source, --source-epochs and --source-steps")

@@ -234,14 +234,6 @@ class SST(nn.Module):
             img = L_img(X_1, X_2to1, X_2, X_1to2)
         return dataset, img
 
-    def attention(self, j, i):
-        """Logits of Eq. 8's softmax from domain i to domain j, (Z_j, Z_i)."""
-        one_is_i = (i, j) in self.pairs
-        mst = self.mst[f"{i}:{j}" if one_is_i else f"{j}:{i}"]
-        to, start = (mst.QKV_2, mst.QKV_1) if one_is_i else (mst.QKV_1, mst.QKV_2)
-        Q, K = to["0"](self.mse[j].X_0).chunk(3, dim=-1)[0], start["0"](self.mse[i].X_0).chunk(3, dim=-1)[1]
-        return Q @ K.T / Q.shape[-1] ** 0.5
-
     def check(self, H, labels, domain, logits):
         """Raise ValueError for what does not belong together."""
         B = len(labels)

@@ -40,7 +40,7 @@ class Universal(nn.Module):
         A, terms, X = {}, {}, {}
         if self.association is not None:
             every = {name: head(H[-1]) for name, head in self.net.heads.items()}
-            terms["cross"] = self.association(every, labels, domain, self.sst, source)
+            terms["cross"] = self.association(every, labels, domain, source)
         F_, Y = (parted(x, domain, list(self.net.heads)) for x in (H[-1], labels))
         for name, head in self.net.heads.items():
             A[name] = head(F_[name])
@@ -131,12 +131,7 @@ def build(config, domains, origin=None, resumed=False, path=None):
     if config.mode == "dedicated":
         return build_dedicated(config, domains, origin, net, path)
     sst = build_sst(config, domains, net.arch.dim)
-    association = None
-    if config.cross and len(domains) > 1:
-        if config.association == "mst" and (sst is None or not sst.dataset_level):
-            raise InputError("--association mst: needs Eq. 8's attention; give --lam above 0 and --scr both "
-                             "or dataset")
-        association = Association(domains, config.association)
+    association = Association(domains) if config.cross and len(domains) > 1 else None
     return Universal(net, sst, config.balance, association)
 
 
@@ -203,5 +198,5 @@ def build_dedicated(config, domains, origin, net, path=None):
         frozen = SST(sources, net.arch.dim, scr="none", intra=intra)
     source = Universal(from_spec(origin["arch"], sources, path), frozen)
     load_weights(source, weights, path)
-    association = Association(domains, config.association, sources) if config.cross else None
+    association = Association(domains, sources) if config.cross else None
     return Dedicated(net, sst, source, config.balance, association)

@@ -10,8 +10,7 @@ from test_train import BASE, DOMAINS, SHORT, batches, lines, run
 from sst import checkpoint, runs, scenarios
 from sst.association import Association, one_hot
 from sst.distributed import StepStatistics
-from sst.domains import LabelDomain
-from sst.errors import InputError
+from sst.domains import LabelDomain, word_similarity
 from sst.losses import L_cross, L_u
 
 COARSE = LabelDomain("coarse", ("background", "head"))
@@ -51,7 +50,7 @@ def test_its_gradient_is_one_step_of_em():
 
 
 def test_an_association_counts_what_a_head_says_where_another_domain_has_a_label():
-    association = Association([COARSE, FINE], "counts")
+    association = Association([COARSE, FINE])
     # Two labelled pixels of `fine`: a hat, which head `coarse` calls head with 1, and background, called head
     # with 1/2.
     p, Y = logits([1e-9, 1], [0.5, 0.5]).softmax(1), torch.tensor([[[1, 0]]])
@@ -60,21 +59,21 @@ def test_an_association_counts_what_a_head_says_where_another_domain_has_a_label
     N = getattr(association, "N:coarse:fine")
     torch.testing.assert_close(N, 0.02 * torch.tensor([[0.25, 0, 0], [0.25, 0.5, 0]]), atol=1e-6, rtol=1e-4)
     T = association.T("coarse", "fine")
-    words = getattr(association, "words:coarse:fine").softmax(-1)
+    words = getattr(association, "words:coarse:fine")
     expected = N[1] + 0.3 * N[1].sum() * words[1]
     torch.testing.assert_close(T.sum(-1), torch.ones(2))
     torch.testing.assert_close(T[1], expected / expected.sum(), atol=1e-4, rtol=1e-3)
 
 
-def test_an_association_without_a_count_is_the_words():
-    counted, words = Association([COARSE, FINE], "counts"), Association([COARSE, FINE], "words")
-    for j, i in (("coarse", "fine"), ("fine", "coarse")):
-        torch.testing.assert_close(counted.T(j, i), words.T(j, i))
-    assert words.T("coarse", "fine")[0].argmax() == 0, "background is background"
+def test_an_association_without_a_count_is_the_similarity_of_words():
+    association = Association([COARSE, FINE])
+    for j, i in ((COARSE, FINE), (FINE, COARSE)):
+        expected = (word_similarity(j, i) / 0.1).softmax(-1)
+        torch.testing.assert_close(association.T(j.name, i.name), expected)
+    assert association.T("coarse", "fine")[0].argmax() == 0, "background is background"
 
 
-@pytest.mark.parametrize("change", [{"association": how} for how in ("words", "counts", "mst")] + [
-    {"association": "counts", "beta": 0, "lam": 0}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"beta": 0, "lam": 0}], ids=str)
 def test_a_few_steps_lower_l_cross(change):
     model = scenarios.build(BASE | {"cross": 1.0} | change, DOMAINS).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -148,11 +147,9 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert all(torch.equal(whole["weights"][key], part["weights"][key]) for key in whole["weights"])
 
 
-def test_the_preset_paper_has_none_of_it_and_mst_needs_its_attention():
+def test_the_preset_paper_has_none_of_it():
     assert runs.configure(["--data", "pascal=x"]).cross == 0
     assert scenarios.build(BASE, DOMAINS).association is None
-    with pytest.raises(InputError, match="--association mst: needs Eq. 8's attention"):
-        scenarios.build(BASE | {"cross": 1.0, "association": "mst", "lam": 0}, DOMAINS)
 
 
 def test_one_domain_has_no_l_cross(tmp_path, monkeypatch):
@@ -173,14 +170,14 @@ def test_a_belief_costs_the_mean_of_what_its_labels_cost():
 
 
 def test_a_frozen_source_is_counted_where_the_target_has_labels():
-    association = Association([COARSE], "counts", sources=[FINE])
+    association = Association([COARSE], sources=[FINE])
     assert association.pairs == [("coarse", "fine")]
     # The target's labels: head, background, and a pixel that is ignored. The source: surely a hat; background
     # or face with 1/2 each; anything.
     source = {"fine": logits([1e-9, 1, 1e-9], [0.5, 1e-9, 0.5], [1, 1, 1])}
     A, Y = {"coarse": logits([0.5, 0.5], [0.5, 0.5], [0.5, 0.5])}, torch.tensor([[[1, 0, 255]]])
     loss = association(A, Y, ["coarse"], source=source)
-    T = Association([COARSE], "words", sources=[FINE]).T("coarse", "fine")  # nothing was counted before
+    T = Association([COARSE], sources=[FINE]).T("coarse", "fine")  # nothing was counted before
     assert loss.item() == pytest.approx(L_cross(A["coarse"], Y, T, source["fine"].softmax(1)).item())
     expected = 0.02 * torch.tensor([[0.25, 0, 0.25], [0, 0.5, 0]])
     torch.testing.assert_close(getattr(association, "N:coarse:fine"), expected, atol=1e-6, rtol=1e-4)
@@ -198,8 +195,6 @@ def test_dedicated_parsing_with_l_cross(flags, tmp_path, monkeypatch):
     kept, plain = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
                    for name in ("run", "plain"))
     assert kept.keys() == plain.keys() and "cross" not in lines(tmp_path / "plain")[0]["loss"]
-    with pytest.raises(InputError, match="--association mst: the frozen source has no attention"):
-        runs.configure(["--mode", "dedicated", "--cross", "1", "--association", "mst"])
 
 
 def test_a_run_starts_from_one_with_associations(tmp_path, monkeypatch, capsys):

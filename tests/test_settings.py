@@ -201,10 +201,12 @@ def test_one_flag_gives_the_published_losses_in_any_preset(name, monkeypatch):
     assert (changed.lam, changed.beta) == (2, 1), "a flag of its own goes first"
 
 
-def test_a_run_with_a_loss_that_is_gone_is_refused(tmp_path):
+@pytest.mark.parametrize("name, same, other", [
+    ("scr_form", "published", "centred"), ("association", "counts", "words")])
+def test_a_run_with_a_loss_that_is_gone_is_refused(name, same, other, tmp_path):
     fields = vars(preset("demo"))
-    assert vars(restored(fields | {"scr_form": "published"})) == vars(restored(fields))
+    assert vars(restored(fields | {name: same})) == vars(restored(fields))
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(fields | {"out": "x", "scr_form": "centred"}))
-    with pytest.raises(InputError, match="config.json: the run was trained with scr_form centred, which"):
+    file.write_text(json.dumps(fields | {"out": "x", name: other}))
+    with pytest.raises(InputError, match=f"config.json: the run was trained with {name} {other}, which"):
         runs.saved(file)
