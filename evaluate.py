@@ -28,7 +28,7 @@ from sst.distributed import print0
 from sst.domains import builtin_domain, read_class_map
 from sst.doubts import doubts
 from sst.errors import InputError, InputWarning, run_program
-from sst.inference import averaged_logits
+from sst.inference import photo_labels
 from sst.metrics import confusion, mapped, scores
 from sst.plots import is_confusion, save_confusion
 
@@ -174,15 +174,14 @@ def read(net, photos, datasets, matrices, views, rank, world, log):
     """Count the pixels of every world-th photo in the confusion matrices.
 
     matrices: {(dataset's name, head's name): (Z, P)}. photos: of `different_photos`. views: keywords of
-    `averaged_logits`. Progress goes to the file `log`.
+    `photo_labels`. Progress goes to the file `log`.
     """
     mine = photos[rank::world]
     started = printed = time.time()
     for done, photo in enumerate(mine, 1):
         loaded = [(name, *datasets[name].load(i)) for name, i in photo]
         image, asked = loaded[0][1], {head for name, _ in photo for data, head in matrices if data == name}
-        logits = averaged_logits(net, image, domains=asked, **views)
-        prediction = {head: A.argmax(0).cpu().numpy() for head, A in logits.items()}
+        prediction = photo_labels(net, image, domains=asked, **views)
         for (data, head), matrix in matrices.items():
             for name, _, label in loaded:
                 if name == data:

@@ -83,6 +83,17 @@ def averaged_logits(net, image, size=None, domains=None, scales=(1.0,), flips=No
     return {name: A.div_(len(scales) * (2 if flips else 1)) for name, A in sums.items()}
 
 
+@torch.no_grad()
+def photo_labels(net, image, size=None, domains=None, scales=(1.0,), flips=None, average="logits"):
+    """image (h, w, 3) uint8 RGB -> {domain: class ids (h, w) uint8}: the argmax of `averaged_logits`."""
+    if len(scales) == 1 and not flips:  # of one view, few pixels' logits need to be known at its own size
+        canvas, box = on_canvas(image, size, scales[0])
+        (logits,) = canvas_logits(net, [canvas], [box], domains)
+        return {name: label_map(A, *image.shape[:2]) for name, A in logits.items()}
+    logits = averaged_logits(net, image, size, domains, scales, flips, average)
+    return {name: A.max(0).indices.to(torch.uint8).cpu().numpy() for name, A in logits.items()}
+
+
 def confusion_of(net, dataset, size=None, indices=None, skipped=None, stop=lambda: False):
     """Confusion matrix (Z, Z) of a network in eval mode on a dataset of one of its domains.
 
@@ -103,7 +114,7 @@ def confusion_of(net, dataset, size=None, indices=None, skipped=None, stop=lambd
                 raise
             skipped.append(str(error))
             continue
-        prediction = photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()
+        prediction = photo_labels(net, image, size, [name])[name]
         matrix += confusion(prediction, label, Z)
     return matrix
 
@@ -123,7 +134,7 @@ def samples(net, datasets, size=None, skip_bad=False, count=3):
                 if not skip_bad:
                     raise
                 continue
-            prediction = photo_logits(net, image, size, [name])[name].argmax(0).cpu().numpy()
+            prediction = photo_labels(net, image, size, [name])[name]
             triples.append((image, truth, prediction))
             if len(triples) == count:
                 break

@@ -19,7 +19,7 @@ from sst import checkpoint
 from sst.distributed import Interruption, Place
 from sst.domains import LabelDomain, builtin_domain, read_class_map
 from sst.errors import InputError, InputWarning
-from sst.inference import averaged_logits
+from sst.inference import photo_labels
 from sst.metrics import confusion, mapped, scores
 from sst.model import Arch, ParsingNet
 from sst.plots import is_confusion, save_confusion
@@ -175,9 +175,9 @@ def test_flags_of_averaging(net, tmp_path, monkeypatch, flags, wanted):
 
     def spy(net, image, size, domains, scales, flips, average):
         seen.append((scales, flips and flips["limbs"].tolist(), average))
-        return averaged_logits(net, image, size, domains, scales, flips, average)
+        return photo_labels(net, image, size, domains, scales, flips, average)
 
-    monkeypatch.setattr(evaluate, "averaged_logits", spy)
+    monkeypatch.setattr(evaluate, "photo_labels", spy)
     run(tmp_path, "--data", f"limbs={tmp_path / 'limbs.json'}", *flags)
     assert seen == [wanted] * 2
 

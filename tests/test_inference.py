@@ -11,7 +11,7 @@ from torch import nn
 from sst.data import Photos
 from sst.domains import LabelDomain
 from sst.errors import InputError
-from sst.inference import averaged_logits, confusion_of
+from sst.inference import averaged_logits, confusion_of, photo_labels
 
 LIMBS = LabelDomain("limbs", ("background", "left arm", "right arm"), flip_pairs=(("left arm", "right arm"),))
 FLIPS = {"limbs": LIMBS.flip_index()}
@@ -53,6 +53,17 @@ def test_a_flip_is_undone_and_left_and_right_exchanged():
     # Column 0 is column 1 of the mirror: mean 1/2. Each arm gets the mean of both arms' channels at a pixel.
     arms = [[.3, .5], [.4, .4]]
     near(averaged_logits(Stub(see), image, flips=FLIPS), [[[.5, .5], [.5, .5]], arms, arms])
+
+
+@pytest.mark.parametrize("views", [
+    {}, {"size": (20, 9)}, {"scales": (0.5,)}, {"flips": FLIPS}, {"scales": (1, 2)},
+    {"scales": (0.5, 1), "flips": FLIPS, "average": "probabilities"}], ids=str)
+def test_label_maps_are_the_argmax_of_the_averaged_logits(views):
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    image = np.array(Image.fromarray(coarse).resize((31, 22), Image.Resampling.BICUBIC))
+    labels, logits = (of(Stub(), image, **views)["limbs"] for of in (photo_labels, averaged_logits))
+    assert labels.dtype == np.uint8 and len(np.unique(labels)) > 1
+    assert (labels == logits.argmax(0).numpy()).all()
 
 
 def test_scales_are_brought_to_the_photos_size_and_averaged():

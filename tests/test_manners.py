@@ -29,22 +29,22 @@ def quick(monkeypatch):
 
 def test_ctrl_c_during_validation_is_obeyed_between_photos(tmp_path, monkeypatch, capsys):
     """What was trained is saved, the validation is due, and --resume makes it."""
-    seen, photo_logits = [], inference.photo_logits
+    seen, photo_labels = [], inference.photo_labels
 
     def interrupted(*args, **kwargs):
         seen.append(1)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return photo_logits(*args, **kwargs)
+        return photo_labels(*args, **kwargs)
 
-    monkeypatch.setattr(inference, "photo_logits", interrupted)
+    monkeypatch.setattr(inference, "photo_labels", interrupted)
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *SHORT, "--steps", 2, "--validations", 1, "--out", tmp_path / "run")
     assert end.value.code == 130 and len(seen) == 2
     assert "step 2 is saved, --resume" in capsys.readouterr().out
     assert not [line for line in lines(tmp_path / "run") if line["kind"] == "val"]
     assert checkpoint.load(tmp_path / "run/last.pt", "run")["pending"]
-    monkeypatch.setattr(inference, "photo_logits", photo_logits)
+    monkeypatch.setattr(inference, "photo_labels", photo_labels)
     run(monkeypatch, "--resume", tmp_path / "run")
     assert [line["step"] for line in lines(tmp_path / "run") if line["kind"] == "val"] == [2]
 
