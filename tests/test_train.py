@@ -159,7 +159,12 @@ SHORT = ["--size", "64x64", "--crop", "64x64", "--batch-size", "3", "--workers",
          "--validations", "1", "--log-every", "1", "--shares", "0"]
 
 
+WHOLE = Figures.__len__
+
+
 def run(monkeypatch, *flags):
+    if Figures.__len__ is WHOLE:  # a short validation: 6 of 80 figures
+        monkeypatch.setattr(Figures, "__len__", lambda self: 6 if self.count == 80 else self.count)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     train.main()
 
