@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 ROOT = Path(__file__).parent
 PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
 BASELINE = "multi"
+SAME = {"pool-3": "balanced-photos"}  # test beds that are another one, with another score
 MARK = "<!-- tables -->"  # the page's words stand above it and stay
 
 # {test bed: (in words, the test bed, the score)}: what the baseline reaches with the labels that are missing.
@@ -30,7 +31,9 @@ class Bed:
     def __init__(self, name, question, score, cells, names):
         self.name, self.question, self.score = name, question, score
         self.names = named(name, names)
-        self.cells = [cell for cell in cells if cell["bed"] == name]
+        self.runs = SAME.get(name, name)
+        self.cells = [cell for cell in cells if cell["bed"] == self.runs
+                      and (self.runs == name or cell["variant"] in names)]
         self.others = cells
         self.scores = {}  # {variant: {seed: score}}
         for cell in self.cells:
@@ -70,12 +73,9 @@ class Bed:
             return []
         return [f"| ceiling: {self.label(BASELINE)}, {words} | {spread(values)} | {len(values)} | | | |"]
 
-    def table(self):
-        """Lines of Markdown."""
-        baseline = self.label(BASELINE)
-        lines = [f"## {self.name}", "", self.question, "", "```", *self.commands(), "```", "",
-                 f"| | {self.score}, mIoU % | n | against {baseline}, equal steps | equal time | a step |",
-                 "|---|---|---|---|---|---|"]
+    def rows(self):
+        """Lines of Markdown: a row for each variant, and one for the ceiling."""
+        lines = []
         for variant in self.variants:
             values, seconds = list(self.scores[variant].values()), self.seconds(variant)
             row = f"| {self.label(variant)} | {spread(values)} | {len(values)} "
@@ -87,7 +87,7 @@ class Bed:
                 row += self.at_equal_time(variant, ratio) + " | "
                 row += f"{ratio:.2f} x |" if ratio else "not measured |"
             lines.append(row)
-        return lines + self.ceiling() + [""]
+        return lines + self.ceiling()
 
     def commands(self):
         """What gives these cells."""
@@ -95,12 +95,12 @@ class Bed:
         for variant in self.variants:
             name, *changes = variant.split()
             groups.setdefault((" ".join(changes), tuple(sorted(self.scores[variant]))), []).append(name)
-        return [f"python experiments.py run --photos DIR --only {self.name} --variants {' '.join(names)} "
+        return [f"python experiments.py run --photos DIR --only {self.runs} --variants {' '.join(names)} "
                 + (f'--try "{changes}" ' if changes else "") + f"--seeds {' '.join(map(str, seeds))}"
                 for (changes, seeds), names in groups.items()]
 
     def draw(self, axis):
-        """Every seed a dot, the mean a line."""
+        """A column of dots for each variant, the mean a line."""
         for x, variant in enumerate(self.variants):
             values = list(self.scores[variant].values())
             axis.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
@@ -109,6 +109,41 @@ class Bed:
         axis.set_xlim(-0.6, len(self.variants) - 0.4)
         axis.set_xticklabels(self.variants, rotation=20, ha="right", fontsize=7)
         axis.grid(axis="y", alpha=0.3)
+
+
+def family_of(bed):
+    """ "pool-6" -> "pool": test beds that differ in a number are one table and one panel."""
+    family, _, number = bed.rpartition("-")
+    return family if number.isdigit() else bed
+
+
+def table(beds):
+    """Lines of Markdown for the test beds of one family."""
+    first = beds[0]
+    baseline = first.label(BASELINE)
+    commands = [command for bed in beds for command in bed.commands()]
+    column, rule = ("| test bed ", "|---") if len(beds) > 1 else ("", "")
+    rows = [(f"| {bed.name} " if column else "") + row for bed in beds for row in bed.rows()]
+    return [f"## {family_of(first.name) if column else first.name}", "", first.question, "", "```",
+            *dict.fromkeys(commands), "```", "",
+            f"{column}| | {first.score}, mIoU % | n | against {baseline}, equal steps | equal time | a step |",
+            f"{rule}|---|---|---|---|---|---|", *rows, ""]
+
+
+def draw_family(axis, beds):
+    """The scores over the number in the test beds' names: the seeds dots, the means a line."""
+    name, numbers = family_of(beds[0].name), [int(bed.name.rpartition("-")[2]) for bed in beds]
+    for k, variant in enumerate(beds[0].names):
+        scored = [(n, list(bed.scores[variant].values())) for n, bed in zip(numbers, beds)
+                  if variant in bed.scores]
+        for n, values in scored:
+            axis.plot([n] * len(values), values, "o", color=f"C{k}", alpha=0.4)
+        axis.plot(*zip(*[(n, mean(values)) for n, values in scored]), color=f"C{k}", label=variant)
+    axis.set(title=name, ylabel=f"{beds[0].score}, mIoU %", xscale="log", xticks=numbers)
+    axis.set_xticklabels([f"{name.rpartition('-')[2]} {n}" for n in numbers], fontsize=7)
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+    axis.grid(axis="y", alpha=0.3)
 
 
 def named(bed, names):
@@ -165,18 +200,18 @@ def tuning(cells, names):
     return lines + [""] if cells else []
 
 
-def picture(beds):
-    """A panel for each test bed."""
+def picture(families):
+    """A panel for each family of test beds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    columns = min(4, len(beds))
-    rows = -(-len(beds) // columns)
+    columns = min(4, len(families))
+    rows = -(-len(families) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.4 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, bed in zip(panels, beds):
-        bed.draw(axis)
-    for axis in panels[len(beds):]:
+    for axis, beds in zip(panels, families):
+        draw_family(axis, beds) if len(beds) > 1 else beds[0].draw(axis)
+    for axis in panels[len(families):]:
         axis.axis("off")
     figure.savefig(PICTURE)
 
@@ -187,10 +222,14 @@ def report(beds, names, cells, tuned):
     beds: experiments.BEDS. names: {variant: in words}. cells, tuned: of the test beds and of tuning.
     """
     beds = [Bed(name, question, score, cells, names) for name, (question, _, score) in beds.items()]
-    beds = [bed for bed in beds if bed.cells]
+    families = {}
+    for bed in beds:
+        if bed.cells:
+            families.setdefault(family_of(bed.name), []).append(bed)
+    families = list(families.values())
     words = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# Results\n\n"
     lines = [MARK, "", "![Every seed a dot, the mean a line](results.png)", ""]
-    lines += [line for bed in beds for line in bed.table()] + tuning(tuned, names)
+    lines += [line for beds in families for line in table(beds)] + tuning(tuned, names)
     PAGE.write_text(words + "\n".join(lines))
-    picture(beds)
+    picture(families)
     print(f"wrote {PAGE.name} and {PICTURE.name} from {len(cells)} cells")

@@ -1,13 +1,19 @@
 """bench.py at sizes that take seconds: every table is printed, and --json is one object with its numbers."""
 
 import json
+import os
+import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
 from sst.errors import InputError
+
+ROOT = Path(bench.__file__).parent
 
 
 def not_here(*_):
@@ -67,3 +73,31 @@ def test_the_network_is_measured_in_every_dtype_of_a_gpu(tiny, monkeypatch, caps
 def test_the_tables_leave_a_dash_where_nothing_is_measured():
     printed = bench.table("network", {"peer": {"inference ms": 1.5, "training step ms": None}})
     assert printed.splitlines()[-1].split() == ["peer", "1.50", "-"]
+
+
+PAGE_FAULTS = """
+import resource
+import torch
+from sst.distributed import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [torch.ones(4 * 2 ** 20) for _ in range(4)]  # 64 MiB
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_the_memory_of_a_step_serves_the_next_one():
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, cwd=ROOT,
+                          env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")})
+    before, after = map(int, done.stdout.split())
+    # Each 4 KiB page that comes back costs a fault, and each 2 MiB page where the system has those.
+    assert after < 50 and before > 200, done.stderr
