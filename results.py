@@ -120,13 +120,13 @@ def family_of(bed):
 def table(beds):
     """Lines of Markdown for the test beds of one family."""
     first = beds[0]
-    baseline = first.label(BASELINE)
+    against = f"against {first.label(BASELINE)}, equal steps"
     commands = [command for bed in beds for command in bed.commands()]
     column, rule = ("| test bed ", "|---") if len(beds) > 1 else ("", "")
     rows = [(f"| {bed.name} " if column else "") + row for bed in beds for row in bed.rows()]
     return [f"## {family_of(first.name) if column else first.name}", "", first.question, "", "```",
             *dict.fromkeys(commands), "```", "",
-            f"{column}| | {first.score}, mIoU % | n | against {baseline}, equal steps | equal time | a step |",
+            f"{column}| | {first.score}, mIoU % | n | {against} | equal time | a step |",
             f"{rule}|---|---|---|---|---|---|", *rows, ""]
 
 

@@ -33,7 +33,8 @@ def cells(tmp_path, monkeypatch):
     made += [cell("sst", 0, 29.0, step=0.9), cell("sst beta=0", 0, 29.0, step=0.6, **{"other work": True})]
     made += [cell("multi", seed, 25.0 + seed, "poor-coarse", **{"other work": True}) for seed in (0, 1)]
     made += [cell("cross", 0, 26.0, "poor-coarse")]
-    made += [cell("multi", 0, 50.0, "pool-1"), cell("multi", 0, 51.0, "pool-6"), cell("cross", 0, 53.0, "pool-6")]
+    made += [cell("multi", 0, 50.0, "pool-1"), cell("multi", 0, 51.0, "pool-6")]
+    made += [cell("cross", 0, 53.0, "pool-6")]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
     (tmp_path / "tuning.jsonl").write_text(json.dumps(cell("multi lr=0.006", 0, 28.0)) + "\n")
     return tmp_path
@@ -89,7 +90,8 @@ def test_test_beds_that_differ_in_a_number_are_one_table(cells):
         ["| pool-1", "Multi-datasets", "70.00", "1"], ["| pool-3", "Multi-datasets", "52.00 ± 0.71", "5"],
         ["| pool-3", "+ L_cross", "54.00 ± 1.29", "4"], ["| pool-3", "SST as published", "49.00", "1"],
         ["| pool-6", "Multi-datasets", "71.00", "1"], ["| pool-6", "+ L_cross", "73.00", "1"]]
-    assert "--only balanced-photos --variants multi --seeds 0 1 2 3 4\n" in table and "--only pool-3" not in page
+    assert "--only balanced-photos --variants multi --seeds 0 1 2 3 4\n" in table
+    assert "--only pool-3" not in page
     with pytest.raises(SystemExit):
         experiments.arguments().parse_args(["run", "--photos", "x", "--only", "pool-3"])
 
