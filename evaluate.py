@@ -23,7 +23,7 @@ import torch
 from figures import TABLES, Figures
 from sst import checkpoint, distributed
 from sst.config import pair
-from sst.data import open_datasets
+from sst.data import named_paths, open_dataset
 from sst.distributed import print0
 from sst.domains import builtin_domain, read_class_map
 from sst.doubts import doubts
@@ -44,8 +44,8 @@ def arguments():
                    help="a run's folder, whose model.pt is read, or a model.pt or best.pt")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=PATH",
-                   help="label domains and their folders, as train.py takes them; without --data: the "
-                        "built-in figures' validation set")
+                   help="label domains and their folders, as train.py takes them, NAME=figures among them; "
+                        "without --data: the built-in figures' validation set")
     g.add_argument("--split", choices=["train", "val", "test"], default="val",
                    help="the list that is scored (default val)")
     g.add_argument("--as", dest="via", nargs="+", action="extend", default=[], metavar="DATA:HEAD=MAP.json",
@@ -95,8 +95,9 @@ def main(argv=None):
     print0(f"reading {path}: label domains {known}", file=log)
     print0(f"the network sees photos {views_in_words(args, size)}", file=log)
     for (data, _), title in titles.items():
-        count, what = len(datasets[data]), "photos" if args.data else "figures"
-        print0(f"{title}: {count} {what} on the {args.split} list", file=log)
+        dataset = datasets[data]
+        what = "figures" if isinstance(dataset, Figures) else "photos"
+        print0(f"{title}: {len(dataset)} {what} on the {args.split} list", file=log)
     if rank == 0:
         for dataset in datasets.values():
             for sentence in doubts(dataset, training=args.split == "train"):
@@ -143,13 +144,17 @@ def settle_averaging(args):
 
 def open_data(args, heads, via, size):
     """The datasets of --data, or the figures that the heads and maps can be scored on. Raises InputError."""
-    if args.data:
-        return open_datasets(args.data, args.split)
-    if args.split != "val":
-        raise InputError(f"--split {args.split} without --data: the built-in figures have only a val list; "
-                         f"give --data NAME=PATH, or leave it out")
     drawn = [name for name in TABLES if name in heads or name in [data for data, _, _ in via]]
-    return [Figures(builtin_domain(name), 2 ** 31, 80, size or (128, 128)) for name in drawn]
+    datasets = []
+    for name, path in named_paths(args.data or [f"{name}=figures" for name in drawn]).items():
+        if path != "figures":
+            datasets.append(open_dataset(name, path, args.split))
+        elif args.split == "val":
+            datasets.append(Figures(builtin_domain(name), 2 ** 31, 80, size or (128, 128)))
+        else:
+            raise InputError(f"--split {args.split}: the built-in figures ({name}) have only a val list; "
+                             f"leave --split out, or give --data {name}=DIR")
+    return datasets
 
 
 def different_photos(datasets):

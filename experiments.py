@@ -204,8 +204,7 @@ def score(bed, out, args):
 
 
 def evaluate(out, data, flags, args):
-    data = ["--data", *data] if data[0].endswith("=DIR") else []  # evaluate.py's own are the figures
-    return json.loads(program([ROOT / "evaluate.py", out, *data, *flags, "--json"], args))
+    return json.loads(program([ROOT / "evaluate.py", out, "--data", *data, *flags, "--json"], args))
 
 
 def program(words, args):

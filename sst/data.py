@@ -120,11 +120,6 @@ def first_of(dataset, count, seed):
 # Finding the files ----------------------------------------------------------------------------------------
 
 
-def open_datasets(specs, split):
-    """["NAME=PATH", ...] -> datasets of that split. Raises InputError where a list or a file is missing."""
-    return [open_dataset(name, path, split) for name, path in named_paths(specs).items()]
-
-
 def named_paths(specs):
     """["NAME=PATH", ...] -> {name: path}; raises InputError for another form, and for a name given twice."""
     seen = {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sst.data import open_dataset, open_datasets
+from sst.data import named_paths, open_dataset
 from sst.domains import HERE
 from sst.errors import InputError
 
@@ -80,7 +80,7 @@ def test_two_domains_may_share_a_photo_folder(tmp_path):
     (tmp_path / "one" / "labels").rename(tmp_path / "labels-two")
     write(own(tmp_path / "one", images="../photos", train="lists/t.txt"), *SHARED)
     own(tmp_path / "two", images="../photos", labels="../labels-two", train="../one/lists/t.txt")
-    a, b = open_datasets([f"a={tmp_path / 'one'}", f"b={tmp_path / 'two'}"], "train")
+    a, b = (open_dataset(*place) for place in (("a", tmp_path / "one"), ("b", tmp_path / "two")))
     assert [p.resolve() for p in a.images] == [p.resolve() for p in b.images] and a.labels != b.labels
 
 
@@ -193,10 +193,9 @@ def test_an_empty_list(tmp_path):
 
 def test_the_same_domain_twice_an_unknown_one_and_no_path(tmp_path):
     root = pascal(tmp_path)
-    says("label domain 'pascal' is given twice",
-         lambda: open_datasets([f"pascal={root}", f"pascal={root}"], "train"))
-    says("unknown label domain 'coco'; built in are", lambda: open_datasets([f"coco={root}"], "train"))
-    says("write NAME=PATH", lambda: open_datasets(["pascal"], "train"))
+    says("label domain 'pascal' is given twice", lambda: named_paths([f"pascal={root}", f"pascal={root}"]))
+    says("unknown label domain 'coco'; built in are", lambda: open_dataset("coco", root))
+    says("write NAME=PATH", lambda: named_paths(["pascal"]))
 
 
 def test_sizes_that_differ(tmp_path):

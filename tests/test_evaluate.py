@@ -196,6 +196,9 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     means = lambda scored: {name: (r["miou"], r["mean_accuracy"]) for name, r in scored.items()}
     assert means(result) == means(validation)
     assert result["pascal"]["iou"]["head"] == validation["pascal"]["iou"][1]
+    run(tmp_path, "--json", "--data", "atr=figures")
+    only, log = capsys.readouterr()
+    assert json.loads(only) == {"atr": result["atr"]} and "atr: 4 figures on the val list" in log
 
 
 def test_two_processes_score_as_one(tmp_path, capsys):
@@ -236,7 +239,9 @@ def test_two_processes_score_as_one(tmp_path, capsys):
     (["--data", "limbs=limbs.json", "limbs=coarse.json"], "label domain 'limbs' is given twice"),
     (["--data", "limbs=limbs.json", "--data", "limbs=coarse.json"], "label domain 'limbs' is given twice"),
     (["--data", "limbs=limbs.json", "--split", "train"], "train_id.txt: the list of ids is not readable"),
-    (["--split", "train"], "--split train without --data"),
+    (["--data", "pascal=figures", "--split", "train"],
+     "--split train: the built-in figures (pascal) have only a val list"),
+    (["--data", "limbs=figures"], "unknown label domain 'limbs'; built in are"),
     ([], "model.pt: its label domains (limbs) are none of the built-in figures' (pascal, atr, cihp); give "
          "--data NAME=PATH"),
     (["--published", "--flip"], "--published beside --flip"),
