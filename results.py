@@ -55,6 +55,11 @@ class Bed:
                  if cell["variant"] == variant and not cell.get("other work")]
         return median(times) if times else None
 
+    def baseline(self, variant):
+        """The baseline's variant with as many steps."""
+        steps = [change for change in variant.split()[1:] if change.startswith("steps=")]
+        return " ".join([BASELINE, *steps])
+
     def at_equal_time(self, variant, ratio):
         """The comparison with the baseline's longer run, where that is as long as the variant's."""
         if not (ratio and self.longer):
@@ -78,12 +83,13 @@ class Bed:
         lines = []
         for variant in self.variants:
             values, seconds = list(self.scores[variant].values()), self.seconds(variant)
+            baseline = self.baseline(variant)
             row = f"| {self.label(variant)} | {spread(values)} | {len(values)} "
-            if variant.split()[0] == BASELINE or BASELINE not in self.scores:
+            if variant.split()[0] == BASELINE or baseline not in self.scores:
                 row += f"| | | {seconds:.3f} s |" if seconds else "| | | not measured |"
             else:
-                ratio = seconds and self.seconds(BASELINE) and seconds / self.seconds(BASELINE)
-                row += f"| {compared(self.scores[variant], self.scores[BASELINE])} | "
+                ratio = seconds and self.seconds(baseline) and seconds / self.seconds(baseline)
+                row += f"| {compared(self.scores[variant], self.scores[baseline])} | "
                 row += self.at_equal_time(variant, ratio) + " | "
                 row += f"{ratio:.2f} x |" if ratio else "not measured |"
             lines.append(row)
