@@ -76,7 +76,8 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     assert "| 46.00 | 1 | +1.00, 1 of 1 |  | not measured |" in page
     assert "| ceiling: Multi-datasets, all 267 photos of `ccp-coarse` | 52.00 ± 0.71 | 5 | | | |" in page
     run = "python experiments.py run --photos DIR --only balanced-photos --variants"
-    for which in ("multi --seeds 0 1 2 3 4", 'multi cross --try "steps=600" --seeds 0 1', "cross --seeds 0 1 2 3"):
+    for which in ("multi --seeds 0 1 2 3 4", 'multi cross --try "steps=600" --seeds 0 1',
+                  "cross --seeds 0 1 2 3"):
         assert f"{run} {which}\n" in page
     assert "| balanced-photos | Multi-datasets, lr=0.006 | 28.00 | 1 |" in page
     assert (cells / "results.png").stat().st_size > 5000
