@@ -100,13 +100,13 @@ BEDS["demo"] = (
 for percent in (10, 25, 50, 100):
     step_2 = ["--mode", "dedicated", "--preset", "lite", "--steps", "300"]
     BEDS[f"dedicated-photos-{percent}"] = (
-        "Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: 10 to 100 % of the 267 "
-        "photos of `ccp-coarse`. Scored: `ccp-coarse`.",
+        "Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: of the 267 photos of "
+        "`ccp-coarse`, as many percent as the test bed's name says. Scored: `ccp-coarse`.",
         [*step_2, "--source-checkpoint", "SOURCE=photos", "--target", "ccp-coarse=DIR", "--limit",
          f"ccp-coarse={267 * percent // 100}"], "ccp-coarse")
     BEDS[f"dedicated-figures-{percent}"] = (
-        "Dedicated parsing. Source: 2,000 figures, `cihp`. Target: 10 to 100 % of 200 figures, `pascal`. "
-        "Scored: `pascal`.",
+        "Dedicated parsing. Source: 2,000 figures, `cihp`. Target: of 200 figures, `pascal`, as many percent "
+        "as the test bed's name says. Scored: `pascal`.",
         [*step_2, "--source-checkpoint", "SOURCE=figures", "--target", "pascal=figures", "--limit",
          f"pascal={2 * percent}"], "pascal")
 for count, pool in ((1, PHOTOS[:1]), (2, PHOTOS[:2]), (3, PHOTOS), (6, PHOTOS + FIGURES)):

@@ -216,7 +216,10 @@ def picture(families):
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, beds in zip(panels, families):
-        draw_family(axis, beds) if len(beds) > 1 else beds[0].draw(axis)
+        if len(beds) > 1:
+            draw_family(axis, beds)
+        else:
+            beds[0].draw(axis)
     for axis in panels[len(families):]:
         axis.axis("off")
     figure.savefig(PICTURE)
