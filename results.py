@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent
 PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
 BASELINE = "multi"
 SAME = {"pool-3": "balanced-photos"}  # test beds that are another one, with another score
-MARK = "<!-- tables -->"  # the page's words stand above it and stay
+GLANCE = "<!-- glance -->"  # the page's words stay; a table between two of these lines is written anew,
+MARK = "<!-- tables -->"  # and all that stands below this one
 
 # {test bed: (in words, the test bed, the score)}: what the baseline reaches with the labels that are missing.
 CEILINGS = {
@@ -34,10 +35,15 @@ class Bed:
         self.runs = SAME.get(name, name)
         self.cells = [cell for cell in cells if cell["bed"] == self.runs
                       and (self.runs == name or cell["variant"] in names)]
-        self.others = cells
-        self.scores = {}  # {variant: {seed: score}}
+        self.all = cells
+        self.scores, self.others = {}, {}  # {variant: {seed: score}}, and the mean of the other heads'
         for cell in self.cells:
-            self.scores.setdefault(cell["variant"], {})[cell["seed"]] = cell["scores"][score]
+            variant, seed, scores = cell["variant"], cell["seed"], cell["scores"]
+            self.scores.setdefault(variant, {})[seed] = scores[score]
+            heads = [what for what in scores if what != "mean" and ": " not in what]  # not a class's
+            if score in heads and len(heads) > 1:
+                others = [scores[head] for head in heads if head != score]
+                self.others.setdefault(variant, {})[seed] = mean(others)
         self.variants = sorted(self.scores, key=self.order)
         self.longer = [v for v in self.variants if v.startswith(f"{BASELINE} steps=")]
 
@@ -72,11 +78,11 @@ class Bed:
     def ceiling(self):
         """The row of CEILINGS for this test bed, if there is one and its cells are kept."""
         words, bed, score = CEILINGS.get(self.name, ("", "", ""))
-        values = [cell["scores"][score] for cell in self.others
+        values = [cell["scores"][score] for cell in self.all
                   if (cell["bed"], cell["variant"]) == (bed, BASELINE)]
         if not values:
             return []
-        return [f"| ceiling: {self.label(BASELINE)}, {words} | {spread(values)} | {len(values)} | | | |"]
+        return [f"| ceiling: {self.label(BASELINE)}, {words} | {spread(values)} | {len(values)} | | | | |"]
 
     def rows(self):
         """Lines of Markdown: a row for each variant, and one for the ceiling."""
@@ -86,14 +92,30 @@ class Bed:
             baseline = self.baseline(variant)
             row = f"| {self.label(variant)} | {spread(values)} | {len(values)} "
             if variant.split()[0] == BASELINE or baseline not in self.scores:
-                row += f"| | | {seconds:.3f} s |" if seconds else "| | | not measured |"
+                row += f"| | | | {seconds:.3f} s |" if seconds else "| | | | not measured |"
             else:
                 ratio = seconds and self.seconds(baseline) and seconds / self.seconds(baseline)
                 row += f"| {compared(self.scores[variant], self.scores[baseline])} | "
-                row += self.at_equal_time(variant, ratio) + " | "
+                row += self.at_equal_time(variant, ratio) + f" | {self.beside(variant)} | "
                 row += f"{ratio:.2f} x |" if ratio else "not measured |"
             lines.append(row)
         return lines + self.ceiling()
+
+    def beside(self, variant):
+        """What a variant changes in the mean of the heads that are not scored, at equal steps, in words."""
+        baseline = self.baseline(variant)
+        return compared(self.others[variant], self.others[baseline]) if variant in self.others else ""
+
+    def glance(self, heading):
+        """A row: the baseline, and what each other variant, its flags unchanged, changes at equal steps."""
+        baseline = self.scores[BASELINE]
+        row = f"| [{self.name}](#{heading}) | {self.score} | {spread(baseline.values())} |"
+        for variant in self.names:
+            if variant in self.scores and variant != BASELINE:
+                row += f" {compared(self.scores[variant], baseline)} | {self.beside(variant)} |"
+            elif variant != BASELINE:
+                row += " | |"
+        return row
 
     def commands(self):
         """What gives these cells."""
@@ -123,6 +145,11 @@ def family_of(bed):
     return family if number.isdigit() else bed
 
 
+def heading(beds):
+    """Of the table of one family."""
+    return beds[0].name if len(beds) == 1 else family_of(beds[0].name)
+
+
 def table(beds):
     """Lines of Markdown for the test beds of one family."""
     first = beds[0]
@@ -130,10 +157,18 @@ def table(beds):
     commands = [command for bed in beds for command in bed.commands()]
     column, rule = ("| test bed ", "|---") if len(beds) > 1 else ("", "")
     rows = [(f"| {bed.name} " if column else "") + row for bed in beds for row in bed.rows()]
-    return [f"## {family_of(first.name) if column else first.name}", "", first.question, "", "```",
+    return [f"## {heading(beds)}", "", first.question, "", "```",
             *dict.fromkeys(commands), "```", "",
-            f"{column}| | {first.score}, mIoU % | n | {against} | equal time | a step |",
-            f"{rule}|---|---|---|---|---|---|", *rows, ""]
+            f"{column}| | {first.score}, mIoU % | n | {against} | equal time | the other heads | a step |",
+            f"{rule}|---|---|---|---|---|---|---|", *rows, ""]
+
+
+def at_a_glance(families, names):
+    """Lines of Markdown: every test bed in a row."""
+    columns = [column for variant, words in names.items() if variant != BASELINE
+               for column in (words, "the other heads")]
+    return [f"| test bed | scored | baseline | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|",
+            *[bed.glance(heading(beds)) for beds in families for bed in beds]]
 
 
 def draw_family(axis, beds):
@@ -188,6 +223,7 @@ def p_value(differences):
 
 def spread(values, sign=""):
     """Mean and standard error, in words."""
+    values = list(values)
     error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.2f}{error}"
 
@@ -237,6 +273,9 @@ def report(beds, names, cells, tuned):
             families.setdefault(family_of(bed.name), []).append(bed)
     families = list(families.values())
     words = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# Results\n\n"
+    if words.count(GLANCE) == 2:
+        before, _, after = words.split(GLANCE)
+        words = before + "\n".join([GLANCE, "", *at_a_glance(families, names), "", GLANCE]) + after
     lines = [MARK, "", "![Every seed a dot, the mean a line](results.png)", ""]
     lines += [line for beds in families for line in table(beds)] + tuning(tuned, names)
     PAGE.write_text(words + "\n".join(lines))

@@ -24,15 +24,18 @@ class Association(nn.Module):
 
     sources: LabelDomains of a frozen network (dedicated parsing). Pairs are then each of `domains`, as j,
     with each of them, as i; what is counted is what the frozen heads say where `domains` have labels.
+    taught: names of the domains that may be j; all of them if there is none.
     """
 
     TEMPERATURE, MOMENTUM, PRIOR = 0.1, 0.98, 0.3
 
-    def __init__(self, domains, sources=()):
+    def __init__(self, domains, sources=(), taught=()):
         super().__init__()
+        self.names = [d.name for d in domains]
+        self.taught = [name for name in self.names if name in taught] or self.names
         pairs = product(domains, sources) if sources else permutations(domains, 2)
         self.pairs = []
-        for j, i in pairs:
+        for j, i in [(j, i) for j, i in pairs if j.name in self.taught]:
             self.pairs.append((j.name, i.name))
             words = (word_similarity(j, i) / self.TEMPERATURE).softmax(-1)
             self.register_buffer(f"words:{j.name}:{i.name}", words, persistent=False)
@@ -60,22 +63,23 @@ class Association(nn.Module):
             N.lerp_((p_j.T @ p_i / max(1, len(p_j))).to(N.dtype), 1 - self.MOMENTUM)
 
     def forward(self, A, labels, domain, source=None):
-        """The sum of L_cross over the pairs. A: {name: logits (B, Z, h, w)} of all images.
+        """The sum of L_cross over the pairs. A: {name: logits (B, Z, h, w)} of all images, by those taught.
 
         source: {name: logits} of the same images by frozen heads (dedicated parsing).
         """
-        total, names, (Y,) = 0, list(A), regions_of(labels, [next(iter(A.values()))])
+        total, (Y,) = 0, regions_of(labels, [next(iter(A.values()))])
         if not source:
-            parts, Y = {j: parted(A[j], domain, names) for j in A}, parted(Y, domain, names)
+            parts = {j: parted(A[j], domain, self.names) for j in A}
+            Y = parted(Y, domain, self.names)
         for j, i in self.pairs:
             if source:  # the images are labelled in j, and q is what the frozen head i says
                 q = source[i].float().softmax(1)
                 total = total + L_cross(A[j], Y, self.T(j, i), q)
                 self.count(j, i, one_hot(Y, A[j].shape[1]), q, Y)
             else:  # those of domain i
-                A_j, Y_i = parts[j][i], Y[i]
-                total = total + L_cross(A_j, Y_i, self.T(j, i))  # 0 without an image
-                self.count(j, i, A_j.softmax(1), one_hot(Y_i, A[i].shape[1]), Y_i)
+                A_j, Y_i, T = parts[j][i], Y[i], self.T(j, i)
+                total = total + L_cross(A_j, Y_i, T)  # 0 without an image
+                self.count(j, i, A_j.softmax(1), one_hot(Y_i, T.shape[1]), Y_i)
         return total
 
 

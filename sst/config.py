@@ -169,6 +169,9 @@ SETTINGS = {
         row("cross", float, 0.0, (0, 1e3), lite=1.0, metavar="W",
             help="weight of the cross-domain likelihood L_cross, relative to L_seg's; not published; 0 where "
                  "other label sets merge what yours tells apart"),
+        row("cross_to", str, [], None, metavar="NAME", nargs="+",
+            help="the label domains whose heads L_cross teaches, such as one with few images; all of them by "
+                 "default"),
         row("cross_ramp", float, 0.4, (0, 1), metavar="PART",
             help="part of the run in which the weight of L_cross rises from 0"),
         row("scr", str, "both", ("both", "dataset", "image", "none"),
@@ -379,6 +382,10 @@ def check(config):
         raise InputError(f"--masks {config.masks}: has no meaning with --beta 0 --lam 0, which build no SST "
                          "module; leave it out")
     known = names(config.data + config.source + [config.target] * bool(config.target)) or list(FIGURES)
+    for name in config.cross_to:
+        if config.mode == "dedicated" or not config.cross or len(known) < 2 or name not in known:
+            raise InputError(f"--cross-to {name}: takes names of {', '.join(known)}, in universal parsing "
+                             "with --cross 1 and more than one of them")
     for name, count in counted(config.limit).items():
         if name not in known:
             raise InputError(f"--limit {name}={count}: '{name}' is none of the run's label domains, "

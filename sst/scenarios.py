@@ -39,8 +39,8 @@ class Universal(nn.Module):
         H = self.features(images)
         A, terms, X = {}, {}, {}
         if self.association is not None:
-            every = {name: head(H[-1]) for name, head in self.net.heads.items()}
-            terms["cross"] = self.association(every, labels, domain, source)
+            taught = {name: self.net.heads[name](H[-1]) for name in self.association.taught}
+            terms["cross"] = self.association(taught, labels, domain, source)
         F_, Y = (parted(x, domain, list(self.net.heads)) for x in (H[-1], labels))
         for name, head in self.net.heads.items():
             A[name] = head(F_[name])
@@ -131,7 +131,8 @@ def build(config, domains, origin=None, resumed=False, path=None):
     if config.mode == "dedicated":
         return build_dedicated(config, domains, origin, net, path)
     sst = build_sst(config, domains, net.arch.dim)
-    association = Association(domains) if config.cross and len(domains) > 1 else None
+    joined = config.cross and len(domains) > 1
+    association = Association(domains, taught=config.cross_to) if joined else None
     return Universal(net, sst, config.balance, association)
 
 

@@ -11,6 +11,7 @@ from sst import checkpoint, runs, scenarios
 from sst.association import Association, one_hot
 from sst.distributed import StepStatistics
 from sst.domains import LabelDomain, word_similarity
+from sst.errors import InputError
 from sst.losses import L_cross, L_u
 
 COARSE = LabelDomain("coarse", ("background", "head"))
@@ -145,6 +146,28 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     run(monkeypatch, "--resume", tmp_path / "part")
     whole, part = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "part"))
     assert all(torch.equal(whole["weights"][key], part["weights"][key]) for key in whole["weights"])
+
+
+def test_it_teaches_the_heads_that_are_named():
+    """Alone they pay what is theirs of the whole, and the other heads get no gradient of it."""
+    (batch,), names, alone = batches(DOMAINS, 1), [d.name for d in DOMAINS], {}
+    for taught in (names[:1], names[1:2], names[2:], []):
+        model = scenarios.build(BASE | {"cross": 1.0, "cross_to": taught}, DOMAINS).train()
+        terms, _ = model(*batch[:3])
+        terms["cross"].backward()
+        alone[" ".join(taught)] = terms["cross"].item()
+        heads = {name for name, head in model.net.heads.items() if head.weight.grad is not None}
+        assert heads == set(taught or names)
+    whole = alone.pop("")
+    assert len(alone) == 3 and min(alone.values()) > 0
+    assert sum(alone.values()) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--cross", 1, "--cross-to", "ade"], ["--cross", 0, "--cross-to", "atr"],
+                                   ["--cross", 1, "--cross-to", "atr", "--data", "atr=figures"]], ids=str)
+def test_a_head_that_it_cannot_teach_is_refused(flags, monkeypatch, tmp_path):
+    with pytest.raises(InputError, match=f"--cross-to {flags[3]}: takes names of "):
+        run(monkeypatch, *SHORT, *flags, "--out", tmp_path / "run")
 
 
 def test_the_preset_paper_has_none_of_it():

@@ -13,8 +13,9 @@ from sst.domains import builtin_domain
 
 
 def cell(variant, seed, score, bed="balanced-photos", step=0.5, steps=500, **more):
-    return {"bed": bed, "variant": variant, "seed": seed, "scores": {"mean": score, "ccp-coarse": score + 20},
-            "seconds a step": step, "steps": steps} | more
+    scores = {"mean": score, "ccp-coarse": score + 20, "ccp-fine": 60 - score, "ccp-fine: hat": 0}
+    return {"bed": bed, "variant": variant, "seed": seed, "scores": scores, "seconds a step": step,
+            "steps": steps} | more
 
 
 @pytest.fixture
@@ -61,26 +62,47 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     experiments.report(None)
     page = (cells / "results.md").read_text()
     assert page.startswith("# Results\n\nThe answer.\n\n") and "old tables" not in page
-    assert "| Multi-datasets | 32.00 ± 0.71 | 5 | | | 0.500 s |" in page
-    assert "| Multi-datasets, steps=600 | 31.00 ± 0.50 | 2 | | | 0.500 s |" in page
+    assert "| Multi-datasets | 32.00 ± 0.71 | 5 | | | | 0.500 s |" in page
+    assert "| Multi-datasets, steps=600 | 31.00 ± 0.50 | 2 | | | | 0.500 s |" in page
     # Against seeds 0 to 3 at equal steps: 1, 2, 3, 4. Against seeds 0 and 1 with more steps: 0.5, 1.5.
-    assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 | 1.20 x |"
+    assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 |  | 1.20 x |"
             in page)
     # A longer variant stands beside the baseline that is as long.
     assert "| + L_cross, steps=600 | 34.00 ± 0.50 | 2 | +3.00 ± 0.00, 2 of 2, p nan |" in page
     # The longer baseline took 1.2 times as long: no match for 1.8, nor for a time that says nothing.
-    assert "| SST as published | 29.00 | 1 | -1.00, 0 of 1 |  | 1.80 x |" in page
-    assert "| SST as published, beta=0 | 29.00 | 1 | -1.00, 0 of 1 |  | not measured |" in page
+    assert "| SST as published | 29.00 | 1 | -1.00, 0 of 1 |  |  | 1.80 x |" in page
+    assert "| SST as published, beta=0 | 29.00 | 1 | -1.00, 0 of 1 |  |  | not measured |" in page
     # The test bed of a poor domain stands beside what the same domain reaches with all its labels.
-    assert "| Multi-datasets | 45.50 ± 0.50 | 2 | | | not measured |" in page
-    assert "| 46.00 | 1 | +1.00, 1 of 1 |  | not measured |" in page
-    assert "| ceiling: Multi-datasets, all 267 photos of `ccp-coarse` | 52.00 ± 0.71 | 5 | | | |" in page
+    assert "| Multi-datasets | 45.50 ± 0.50 | 2 | | | | not measured |" in page
+    # What its head gains the other one loses: 35 without, 34 with L_cross.
+    assert "| 46.00 | 1 | +1.00, 1 of 1 |  | -1.00, 0 of 1 | not measured |" in page
+    assert "| ceiling: Multi-datasets, all 267 photos of `ccp-coarse` | 52.00 ± 0.71 | 5 | | | | |" in page
     run = "python experiments.py run --photos DIR --only balanced-photos --variants"
     for which in ("multi --seeds 0 1 2 3 4", 'multi cross --try "steps=600" --seeds 0 1',
                   "cross --seeds 0 1 2 3"):
         assert f"{run} {which}\n" in page
     assert "| balanced-photos | Multi-datasets, lr=0.006 | 28.00 | 1 |" in page
+    assert "scored | baseline" not in page, "there is no place for the table of all test beds"
     assert (cells / "results.png").stat().st_size > 5000
+
+
+def test_every_test_bed_is_a_row_between_two_lines(cells):
+    (cells / "results.md").write_text("Before.\n<!-- glance -->\nold\n<!-- glance -->\nAfter.\n")
+    for _ in range(2):  # and once more, from the page that it wrote
+        experiments.report(None)
+    before, table, after = (cells / "results.md").read_text().split("<!-- glance -->")
+    assert before == "Before.\n" and after.startswith("\nAfter.\n") and "old" not in table
+    columns = table.split("\n")[2].strip("| ").split(" | ")
+    assert columns == ["test bed", "scored", "baseline", "+ L_cross", "the other heads", "SST as published",
+                       "the other heads"]
+    # The plain variants alone; L_cross gains for `ccp-coarse` what `ccp-fine` loses.
+    gains, losses = "+2.50 ± 0.65, 4 of 4, p 0.03", "-2.50 ± 0.65, 0 of 4, p 0.03"
+    for row in (
+            f"| [balanced-photos](#balanced-photos) | mean | 32.00 ± 0.71 | {gains} |  | -1.00, 0 of 1 |  |",
+            "| [poor-coarse](#poor-coarse) | ccp-coarse | 45.50 ± 0.50 | +1.00, 1 of 1 | -1.00, 0 of 1 | | |",
+            f"| [pool-3](#pool) | ccp-coarse | 52.00 ± 0.71 | {gains} | {losses} | -1.00, 0 of 1 "
+            "| +1.00, 1 of 1 |", "| [pool-1](#pool) | ccp-coarse | 70.00 | | | | |"):
+        assert row in table.splitlines()
 
 
 def test_test_beds_that_differ_in_a_number_are_one_table(cells):
