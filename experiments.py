@@ -198,7 +198,8 @@ def score(bed, out, args):
         atr, fine = (tables[f"ccp-common via {head}"] for head in heads)
         classes = {f"atr on photos: {name}": iou for name, iou in atr["iou"].items()}
         return {"atr on photos": atr["miou"], "ccp-fine on photos": fine["miou"]} | classes
-    names = [spec for spec in BEDS[bed][1] if spec.endswith(("=DIR", "=figures"))]
+    names = [spec for spec in BEDS[bed][1]
+             if spec.endswith(("=DIR", "=figures")) and not spec.startswith("SOURCE=")]
     scores = {name: table["miou"] for name, table in evaluate(out, names, [], args).items()}
     return scores | {"mean": mean(scores.values())}
 

@@ -157,6 +157,21 @@ def test_every_cell_is_a_run_of_train(bed, variant, monkeypatch):
     assert (config.preset, config.seed, config.lr) == (name, 3, 0.006) and config.steps
 
 
+@pytest.mark.parametrize("bed", [bed for bed in experiments.BEDS if bed != "unseen-labels"])
+def test_a_cell_is_scored_on_the_domains_that_it_trains(bed, monkeypatch):
+    def evaluate(out, data, flags, args):
+        specs.extend(data)
+        return {spec.split("=")[0]: {"miou": 10.0 + k} for k, spec in enumerate(data)}
+
+    specs = []
+    monkeypatch.setattr(experiments, "evaluate", evaluate)
+    scores = experiments.score(bed, None, None)
+    flags = experiments.BEDS[bed][1]
+    trained = flags[flags.index("--target" if "dedicated" in bed else "--data") + 1:]
+    assert specs == [word for word in trained if "=" in word and not word.split("=")[1].isdigit()]
+    assert experiments.BEDS[bed][2] in scores and scores["mean"] == 10 + (len(specs) - 1) / 2
+
+
 def test_held_back_photos_are_in_no_training_list(tmp_path):
     photos = tmp_path / "photos"
     folders = experiments.hold_back(photos, tmp_path / "back")
