@@ -34,7 +34,7 @@ def cells(tmp_path, monkeypatch):
     made += [cell("cross steps=600", seed, 33.5 + seed, steps=600) for seed in (0, 1)]
     made += [cell("sst", 0, 29.0, step=0.9), cell("sst beta=0", 0, 29.0, step=0.6, **{"other work": True})]
     made += [cell("multi", seed, 25.0 + seed, "poor-coarse", **{"other work": True}) for seed in (0, 1)]
-    made += [cell("cross", 0, 26.0, "poor-coarse")]
+    made += [cell("cross", 0, 26.0, "poor-coarse"), cell("cross cross-to=ccp-coarse", 1, 29.0, "poor-coarse")]
     made += [cell("multi", 0, 50.0, "pool-1"), cell("multi", 0, 51.0, "pool-6")]
     made += [cell("cross", 0, 53.0, "pool-6")]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
@@ -93,16 +93,18 @@ def test_every_test_bed_is_a_row_between_two_lines(cells):
     before, table, after = (cells / "results.md").read_text().split("<!-- glance -->")
     assert before == "Before.\n" and after.startswith("\nAfter.\n") and "old" not in table
     columns = table.split("\n")[2].strip("| ").split(" | ")
-    assert columns == ["test bed", "scored", "baseline", "+ L_cross", "the other heads", "SST as published",
-                       "the other heads"]
+    assert columns[:3] == ["test bed", "scored", "baseline"] and columns[4::2] == ["the other heads"] * 3
+    assert columns[3::2] == ["+ L_cross", "+ L_cross, to that head alone", "SST as published"]
     # The plain variants alone; L_cross gains for `ccp-coarse` what `ccp-fine` loses.
     gains, losses = "+2.50 ± 0.65, 4 of 4, p 0.03", "-2.50 ± 0.65, 0 of 4, p 0.03"
     for row in (
-            f"| [balanced-photos](#balanced-photos) | mean | 32.00 ± 0.71 | {gains} |  | -1.00, 0 of 1 |  |",
-            "| [poor-coarse](#poor-coarse) | ccp-coarse | 45.50 ± 0.50 | +1.00, 1 of 1 | -1.00, 0 of 1 "
-            "| | |",
-            f"| [pool-3](#pool) | ccp-coarse | 52.00 ± 0.71 | {gains} | {losses} | -1.00, 0 of 1 "
-            "| +1.00, 1 of 1 |", "| [pool-1](#pool) | ccp-coarse | 70.00 | | | | |"):
+            "| [balanced-photos](#balanced-photos) | mean | 32.00 ± 0.71 "
+            f"| {gains} |  | | | -1.00, 0 of 1 |  |",
+            "| [poor-coarse](#poor-coarse) | ccp-coarse | 45.50 ± 0.50 "
+            "| +1.00, 1 of 1 | -1.00, 0 of 1 | +3.00, 1 of 1 | -3.00, 0 of 1 | | |",
+            "| [pool-3](#pool) | ccp-coarse | 52.00 ± 0.71 "
+            f"| {gains} | {losses} | | | -1.00, 0 of 1 | +1.00, 1 of 1 |",
+            "| [pool-1](#pool) | ccp-coarse | 70.00 | | | | | | |"):
         assert row in table.splitlines()
 
 
