@@ -1,7 +1,8 @@
 """docs/results.md and its picture, from the cells that experiments.py keeps: `python experiments.py report`.
 
 A cell is {"bed", "variant", "seed", "scores": {what: mIoU %}, "seconds a step", "steps", ...}, and where its
-times say nothing, since other work ran beside it, {"other work": true}. Its variant may hold changed flags:
+times say nothing, since other work ran beside it, or it ran on a machine of another speed than the baseline,
+{"other work": true}. Its variant may hold changed flags:
 "multi steps=530" is the baseline with as much time as a variant whose step takes 1.06 times as long.
 """
 
