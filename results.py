@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent
 PAGE, PICTURE = ROOT / "docs/results.md", ROOT / "docs/results.png"
 BASELINE = "multi"
 SAME = {"pool-3": "balanced-photos"}  # test beds that are another one, with another score
-GLANCE = "<!-- glance -->"  # the page's words stay; a table between two of these lines is written anew,
-MARK = "<!-- tables -->"  # and all that stands below this one
+# The page's words stay. What is between the two lines GLANCE, and below MARK, is written anew.
+GLANCE, MARK = "<!-- glance -->", "<!-- tables -->"
 
-# {variant, or how it begins: in words}: what the table of all test beds shows beside the baseline.
-SHOWN = {"cross": "+ L_cross", "cross cross-to=": "+ L_cross, to that head alone", "sst": "SST as published"}
+# {variant, or how it begins: words added to its name}: what the table of all test beds shows.
+SHOWN = {"cross": "", "cross cross-to=": ", to that head alone", "sst": ""}
 
 # {test bed: (in words, the test bed, the score)}: what the baseline reaches with the labels that are missing.
 CEILINGS = {
@@ -72,7 +72,7 @@ class Bed:
 
     def at_equal_time(self, variant, ratio):
         """The comparison with the baseline's longer run, where that is as long as the variant's."""
-        if not (ratio and self.longer):
+        if not (ratio and self.longer) or self.baseline(variant) != BASELINE:
             return ""
         steps = {cell["variant"]: cell["steps"] for cell in self.cells}
         if abs(steps[self.longer[0]] / steps[BASELINE] - ratio) > 0.05:
@@ -150,7 +150,7 @@ def family_of(bed):
 
 
 def heading(beds):
-    """Of the table of one family."""
+    """The name of the table of one family."""
     return beds[0].name if len(beds) == 1 else family_of(beds[0].name)
 
 
@@ -169,7 +169,9 @@ def table(beds):
 
 def at_a_glance(families):
     """Lines of Markdown: every test bed in a row."""
-    columns = [column for words in SHOWN.values() for column in (words, "the other heads")]
+    names = families[0][0].names
+    columns = [column for variant, words in SHOWN.items()
+               for column in (names[variant.split()[0]] + words, "the other heads")]
     return [f"| test bed | scored | baseline | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|",
             *[bed.glance(heading(beds)) for beds in families for bed in beds]]
 

@@ -135,8 +135,9 @@ def test_counts_are_statistics_of_a_step():
     torch.testing.assert_close(N, (alone[0] + alone[1]) / 2)
 
 
-def test_a_run_with_it_resumes_bit_for_bit(tmp_path, monkeypatch):
-    flags = [*SHORT, "--cross", 1, "--validations", 0, "--save-every", 1]
+@pytest.mark.parametrize("taught", [[], ["--cross-to", "atr"]], ids=str)
+def test_a_run_with_it_resumes_bit_for_bit(taught, tmp_path, monkeypatch):
+    flags = [*SHORT, "--cross", 1, *taught, "--validations", 0, "--save-every", 1]
     run(monkeypatch, *flags, "--steps", 3, "--out", tmp_path / "whole")
     content = torch.load(tmp_path / "whole/previous.pt", weights_only=True)  # of step 2
     (tmp_path / "part").mkdir()
