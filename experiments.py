@@ -38,25 +38,10 @@ VARIANTS = {
     "sst": ("SST as published", ["--sst", "published"]),
 }
 BUILTIN = ROOT / "sst/builtin"
+MAPS = ROOT / "docs/maps"  # HEAD-to-ccp-common.json: a head scored through the classes that both have
 TRAINED = ("ccp-coarse", "ccp-middle", "ccp-fine")  # disjoint lists, in all those of ccp-common
 PHOTO_DOMAINS = (*TRAINED, "ccp-common")
 PHOTOS = ["ccp-coarse=DIR", "ccp-middle=DIR", "ccp-fine=DIR"]
-
-# The head `atr` scored on photos, through the classes that it shares with their tags.
-ATR_TO_COMMON = {
-    "background": "background", "hat": "hat", "hair": "hair", "sunglasses": "sunglasses", "bag": "bag",
-    "upper-clothes": "upper-clothes", "skirt": "skirt", "pants": "pants", "dress": "dress", "belt": "belt",
-    "scarf": "scarf", "left shoe": "shoes", "right shoe": "shoes", "face": "skin", "left leg": "skin",
-    "right leg": "skin", "left arm": "skin", "right arm": "skin"}
-
-# The head `ccp-fine`: what labels on the photos themselves give.
-FINE_TO_COMMON = {
-    "background": "background", "hair": "hair", "skin": "skin", "hat": "hat", "glasses": "sunglasses",
-    "scarf": "scarf", "bag": "bag", "belt": "belt", "dress": "dress", "skirt": "skirt", "boots": "shoes",
-    "shoes": "shoes", "stockings": "skin", "socks": "skin", "suit": None, "accessories": None,
-    **dict.fromkeys(("pants", "jeans", "shorts"), "pants"),
-    **dict.fromkeys(("coat", "jacket", "blazer", "blouse", "shirt", "t-shirt", "sweater", "top"),
-                    "upper-clothes")}
 
 LITE = ["--preset", "lite", "--steps", "500", "--data"]
 FIGURES = ["pascal=figures", "atr=figures", "cihp=figures"]
@@ -127,11 +112,17 @@ def kept(path=None):
 
 def wanted(args):
     """(bed, variant, seed) of the cells asked for that are not kept. A variant's name holds its --try."""
-    done = {(cell["bed"], cell["variant"], cell["seed"]) for cell in kept(args.cells)}
-    variants = [f"{variant} {change}".strip() for variant in args.variants for change in args.changes]
+    done = {(cell["bed"], in_order(cell["variant"]), cell["seed"]) for cell in kept(args.cells)}
+    variants = [in_order(f"{variant} {change}") for variant in args.variants for change in args.changes]
     asked = [(bed, variant, seed) for seed in args.seeds for bed in args.only for variant in variants
              if variant.split()[0] in variants_of(bed)]
     return [cell for cell in asked if cell not in done]
+
+
+def in_order(variant):
+    """A variant's name with its changed flags sorted: their order makes no other cell."""
+    name, *changes = variant.split()
+    return " ".join([name, *sorted(changes)])
 
 
 def variants_of(bed):
@@ -165,7 +156,7 @@ def hold_back(photos, folder):
 def run_cell(bed, variant, seed, args):
     """Train and score one cell; returns its record."""
     out = Path(args.runs) / ("held-back" if args.held_back else "") / bed / f"{variant}-{seed}"
-    flags = flags_of(bed, variant, seed)
+    flags, where = flags_of(bed, variant, seed), about()
     words = [source_of(word[7:], seed, args) if word.startswith("SOURCE=") else word for word in flags]
     program([ROOT / "train.py", *words, "--validations", 0, "--out", out, "--resume", "auto"], args)
     began = time.time()
@@ -175,7 +166,7 @@ def run_cell(bed, variant, seed, args):
     return {"bed": bed, "variant": variant, "seed": seed, "scores": scores, "flags": flags,
             "steps": log[-1]["step"], "seconds a step": round(median(t["step"] for t in steps), 4),
             "seconds": round(steps[-1]["seconds"]), "seconds of scoring": round(time.time() - began),
-            **about()}
+            **where, **busy(args.jobs)}
 
 
 def source_of(kind, seed, args):
@@ -190,10 +181,8 @@ def source_of(kind, seed, args):
 def score(bed, out, args):
     """{what: mIoU %} of a trained cell on the validation lists."""
     if bed == "unseen-labels":
-        heads = {"atr": ATR_TO_COMMON, "ccp-fine": FINE_TO_COMMON}
-        for head, classes in heads.items():
-            (out / f"{head}.json").write_text(json.dumps(classes))
-        maps = [f"ccp-common:{head}={out / head}.json" for head in heads]
+        heads = ("atr", "ccp-fine")  # the second: what labels on the photos themselves give
+        maps = [f"ccp-common:{head}={MAPS}/{head}-to-ccp-common.json" for head in heads]
         tables = evaluate(out, ["ccp-common=DIR"], ["--as", *maps], args)
         atr, fine = (tables[f"ccp-common via {head}"] for head in heads)
         classes = {f"atr on photos: {name}": iou for name, iou in atr["iou"].items()}
@@ -219,10 +208,17 @@ def program(words, args):
     return done.stdout
 
 
+def busy(jobs):
+    """{"other work": True} where the last minutes had more to do than these cells: no time counts."""
+    load = os.getloadavg()[1] if hasattr(os, "getloadavg") else 0
+    return {"other work": True} if load > jobs + 0.5 else {}
+
+
 def about():
-    """Versions and machine; no host and no path."""
+    """Versions and machine; no host and no path. A commit that ends in -dirty was changed."""
     import torch
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True,
+                         text=True, cwd=ROOT)
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -279,7 +275,8 @@ def arguments():
     beds = [bed for bed in BEDS if bed not in results.SAME]
     r.add_argument("--only", nargs="+", choices=beds, default=beds, help="test beds")
     r.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    r.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), help="0 to 7")
+    r.add_argument("--seeds", nargs="+", type=int, default=list(range(8, 16)),
+                   help="8 to 15, as in docs/results.md; take 0 to 2 with --held-back")
     r.add_argument("--try", dest="changes", metavar="FLAG=VALUE", nargs="+", default=[""],
                    help="variants of the variants: flags of train.py that each of them changes")
     r.add_argument("--held-back", action="store_true",

@@ -90,19 +90,32 @@ def test_a_few_steps_lower_l_cross(change):
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-def test_the_network_is_the_one_without_it_and_nothing_of_it_is_kept(tmp_path, monkeypatch):
+LITE = ["--preset", "lite", "--backbone-weights", "none", "--freeze-stages", 0, "--size", "64x64",
+        "--crop", "64x64", "--log-every", 1, "--data", "pascal=figures", "atr=figures", "cihp=figures"]
+
+
+@pytest.mark.parametrize("flags", [[*SHORT, "--cross", 1], LITE], ids=["beside SST", "lite"])
+def test_the_network_is_the_one_without_it_and_nothing_of_it_is_kept(flags, tmp_path, monkeypatch):
     one, two = (scenarios.build(BASE | {"cross": w}, DOMAINS).net.state_dict() for w in (1.0, 0.0))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    run(monkeypatch, *SHORT, "--cross", 1, "--steps", 2, "--validations", 0, "--out", tmp_path / "run")
+    short = ["--steps", 2, "--batch-size", 3, "--validations", 0]
+    run(monkeypatch, *flags, *short, "--out", tmp_path / "run")
     kept = torch.load(tmp_path / "run/model.pt", weights_only=True)["weights"]
     last = torch.load(tmp_path / "run/last.pt", weights_only=True)["weights"]
     assert (last["association.N:atr:cihp"] > 0).any() and "cross" in lines(tmp_path / "run")[0]["loss"]
-    assert set(kept) == {key.removeprefix("net.") for key in last if key.startswith("net.")}
-    trained = scenarios.build(runs.saved(tmp_path / "run/config.json"), DOMAINS)
-    checkpoint.load_weights(trained, last, "last.pt")
+    assert any(key.startswith("sst.") for key in last) == (flags is not LITE)
+    run(monkeypatch, *flags, *short, "--beta", 0, "--lam", 0, "--cross", 0, "--out", tmp_path / "baseline")
+    assert kept.keys() == torch.load(tmp_path / "baseline/model.pt", weights_only=True)["weights"].keys()
+    assert same_logits(tmp_path / "run", DOMAINS)
+
+
+def same_logits(out, domains):
+    """Whether model.pt gives the logits of the network in last.pt, bit for bit."""
+    trained = scenarios.build(runs.saved(out / "config.json"), domains)
+    checkpoint.load_weights(trained, torch.load(out / "last.pt", weights_only=True)["weights"], "last.pt")
     images = torch.rand(1, 3, 64, 64)
-    one, two = trained.eval().net(images), checkpoint.load_model(tmp_path / "run/model.pt")[0](images)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = trained.eval().net(images), checkpoint.load_model(out / "model.pt")[0](images)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_its_weight_rises_and_the_total_has_it(tmp_path, monkeypatch):
@@ -219,6 +232,7 @@ def test_dedicated_parsing_with_l_cross(flags, tmp_path, monkeypatch):
     kept, plain = (torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
                    for name in ("run", "plain"))
     assert kept.keys() == plain.keys() and "cross" not in lines(tmp_path / "plain")[0]["loss"]
+    assert all(torch.equal(kept[key], weights[f"net.{key}"]) for key in kept)
 
 
 def test_a_run_starts_from_one_with_associations(tmp_path, monkeypatch, capsys):

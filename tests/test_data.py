@@ -84,6 +84,15 @@ def test_two_domains_may_share_a_photo_folder(tmp_path):
     assert [p.resolve() for p in a.images] == [p.resolve() for p in b.images] and a.labels != b.labels
 
 
+def test_what_label_map_ignores_is_255(tmp_path):
+    label_map = {"background": [0], "hat": [2], "shoe": [1], "bag": [], "ignore": [3]}
+    root = write(own(tmp_path / "d", label_map=label_map), *OWN)
+    label_map = {"background": [0], "hat": [2], "shoe": [1], "bag": [3]}
+    plain = write(own(tmp_path / "plain", label_map=label_map), *OWN)
+    label, bag = (open_dataset("mine", where).load(0)[1] for where in (root, plain))
+    assert (bag == 3).any() and (label[bag == 3] == 255).all() and (label == bag)[bag != 3].all()
+
+
 def test_label_map_translates_raw_labels(tmp_path):
     label_map = {"background": [0], "hat": [2, 3], "shoe": [1], "bag": []}
     root = write(own(tmp_path / "d", label_map=label_map), *OWN)

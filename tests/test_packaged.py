@@ -152,4 +152,3 @@ def test_the_card_s_tables_name_every_head_and_class():
     text = "\n".join(model_card.tables(single, single, dict.fromkeys(DOMAINS[:3], 49.0)))
     assert text.count("| 50.0 | 50.0 | 49.0 |") == 3 and text.count("| 50.0 | 50.0 |  |") == 2
     assert all(f"{name} 50" in text for name in builtin_domain("ccp-fine").classes)
-    assert set(model_card.CIHP_TO_COMMON) == set(builtin_domain("cihp").classes)

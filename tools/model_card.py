@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sst  # noqa: E402
-from experiments import ATR_TO_COMMON, TRAINED  # noqa: E402
+from experiments import MAPS, TRAINED  # noqa: E402
 from sst import checkpoint  # noqa: E402
 from sst.data import open_dataset  # noqa: E402
 from sst.errors import InputError, run_program  # noqa: E402
@@ -33,22 +33,13 @@ from sst.onnx_parser import OnnxParser  # noqa: E402
 from sst.plots import overlay, scaled, side_by_side  # noqa: E402
 
 CARD, FIRST, LAST = ROOT / "docs/model-card.md", "<!-- scores -->", "<!-- end of scores -->"
-CIHP_TO_COMMON = {
-    "background": "background", "hat": "hat", "hair": "hair", "glove": None, "sunglasses": "sunglasses",
-    "upper-clothes": "upper-clothes", "dress": "dress", "coat": "upper-clothes", "socks": "skin",
-    "pants": "pants", "torso-skin": "skin", "scarf": "scarf", "skirt": "skirt", "face": "skin",
-    "left arm": "skin", "right arm": "skin", "left leg": "skin", "right leg": "skin", "left shoe": "shoes",
-    "right shoe": "shoes"}
 PICTURED = ("ccp-fine", "atr", "pascal")
 
 
 def evaluated(model, photos, *flags):
     """{title: scores} on the 104 validation photos, by evaluate.py."""
     with tempfile.TemporaryDirectory() as folder:
-        maps = []
-        for head, classes in (("atr", ATR_TO_COMMON), ("cihp", CIHP_TO_COMMON)):
-            (Path(folder) / f"{head}.json").write_text(json.dumps(classes))
-            maps.append(f"ccp-common:{head}={folder}/{head}.json")
+        maps = [f"ccp-common:{head}={MAPS}/{head}-to-ccp-common.json" for head in ("atr", "cihp")]
         data = [f"{name}={photos}" for name in (*TRAINED, "ccp-common")]
         done = subprocess.run([sys.executable, ROOT / "evaluate.py", model, "--out", folder, "--json", *flags,
                                "--as", *maps, "--data", *data], stdout=subprocess.PIPE, text=True)
