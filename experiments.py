@@ -3,6 +3,8 @@
     python experiments.py run --photos DIR             all cells that are not there yet, two side by side
     python experiments.py run --photos DIR --only unseen-labels --variants multi cross --seeds 0 1 2
     python experiments.py run --photos DIR --dry-run   what would be done
+    python experiments.py run --photos DIR --cells my.jsonl --runs runs/mine ...
+                                                       again, beside the cells that are kept here
     python experiments.py run --photos DIR --held-back --variants multi --try lr=0.006 "lr=0.006 balance=0.25"
                                                        tuning, on a fifth of the training lists, held back
     python experiments.py report                       docs/results.md and its picture from docs/cells.jsonl
@@ -236,7 +238,7 @@ def report(args):
 
 def run(args):
     args.locks = {}
-    args.cells = TUNING if args.held_back else CELLS
+    args.cells = args.cells or (TUNING if args.held_back else CELLS)
     args.folders = dict.fromkeys(PHOTO_DOMAINS, args.photos)
     if args.held_back:
         args.folders = hold_back(args.photos, Path(args.runs) / "held-back")
@@ -281,6 +283,8 @@ def arguments():
                    help="variants of the variants: flags of train.py that each of them changes")
     r.add_argument("--held-back", action="store_true",
                    help="tune: train on four fifths of the training lists and score on the last one")
+    r.add_argument("--cells", metavar="FILE", type=Path,
+                   help="keep the cells in a file of your own; those of docs/ are then done again")
     r.add_argument("--jobs", type=int, default=2, help="cells side by side, a thread each (2)")
     r.add_argument("--runs", metavar="DIR", default="runs/cells", help="folder of the trainings (runs/cells)")
     r.add_argument("--dry-run", action="store_true", help="only list them")

@@ -2,6 +2,7 @@
 
 import json
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_the_network_is_the_one_without_it_and_nothing_of_it_is_kept(flags, tmp_
     run(monkeypatch, *flags, *short, "--beta", 0, "--lam", 0, "--cross", 0, "--out", tmp_path / "baseline")
     assert kept.keys() == torch.load(tmp_path / "baseline/model.pt", weights_only=True)["weights"].keys()
     assert same_logits(tmp_path / "run", DOMAINS)
+
+
+def test_the_lines_of_usage_md_print_the_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, *LITE, "--steps", 1, "--batch-size", 3, "--validations", 0, "--out", "runs/mine")
+    usage = (Path(__file__).parent.parent / "docs/usage.md").read_text()
+    block = next(code for code in usage.split("```python\n")[1:] if "association.T" in code)
+    capsys.readouterr()
+    exec(block.split("```")[0], {})
+    printed = capsys.readouterr().out
+    assert "\ncihp in the words of pascal\nbackground: " in printed
+    rows = [line for line in printed.splitlines() if ": " in line]
+    assert len(rows) == 2 * sum(d.num_classes for d in DOMAINS) and all(row.count(" 0.") == 3 for row in rows)
 
 
 def same_logits(out, domains):

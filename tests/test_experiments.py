@@ -168,6 +168,12 @@ def test_equal_time_is_no_less_time_and_hardly_more():
     assert bed.at_equal_time("cross", 1.03) == "+2.50, 1 of 1" and bed.at_equal_time("cross", 1.5) == ""
 
 
+def test_a_file_of_one_s_own_begins_anew(cells, capsys):
+    args = parsed("multi", "--seeds", "3", "4", "--dry-run", "--cells", str(cells / "my.jsonl"))
+    assert args.go(args) == 0 and capsys.readouterr().out.startswith("2 cells to do")
+    assert not (cells / "my.jsonl").exists()
+
+
 def test_a_cell_that_fails_is_named_and_nothing_is_kept(cells, capsys, monkeypatch):
     def fail(words, args, out=None):
         raise RuntimeError("train.py: no such folder")
