@@ -324,6 +324,7 @@ def test_a_kill_between_the_lines_of_a_validation_leaves_each_once(half_validati
     assert kinds == [(line["step"], line["kind"]) for line in whole] and len(kinds) == len(set(kinds))
 
 
+@pytest.mark.pictures
 def test_pictures_of_no_photo(half_validation, tmp_path, monkeypatch):
     """Without a validation nothing has read them; with --skip-bad the run ends in order."""
     (half_validation / "val_id.txt").write_text("2")

@@ -91,7 +91,6 @@ def test_other_pictures_in_a_folder_are_named(tmp_path, capsys):
 def test_what_is_printed_of_a_run(tmp_path, monkeypatch, capsys):
     flags = ["--mode", "dedicated", *SHORT, "--steps", 1, "--source-steps", 1, "--validations", 0]
     monkeypatch.setattr(train, "samples", lambda *args: [])
-    monkeypatch.setattr(train, "save_samples", lambda *args: None)
     run(monkeypatch, *flags, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert printed.count("Next: look at") == 1 and f"{tmp_path}/run/model.pt" in printed

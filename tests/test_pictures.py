@@ -97,6 +97,16 @@ def test_curves_have_a_second_row_where_there_is_sst(tmp_path, rows):
     assert height == (700 if rows else 350) and width == 1500
 
 
+def test_the_shares_of_the_gradient_are_drawn(tmp_path):
+    lines = [{"kind": "train", "step": step, "loss": {"seg/atr": 1.0}, "cos": {}} for step in (1, 2)]
+    measured = [{"kind": "gradient", "step": step, "shares": {"seg": 0.7, "aux": 0.3}} for step in (1, 2)]
+    for name, content in (("without", lines), ("with", lines + measured)):
+        save_curves(content, tmp_path / f"{name}.png")
+    one, two = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+                for name in ("without", "with"))
+    assert np.abs(one - two)[:, 500:1000].max() > 100, "in the second panel of three"
+
+
 def test_a_moving_picture_is_a_png_that_plays():
     frames = [Image.new("RGB", (20, 9), (40 * k, 0, 0)) for k in range(4)]
     played = Image.open(io.BytesIO(Moving(frames, 100)._repr_png_()))

@@ -190,6 +190,7 @@ def run_interrupted(monkeypatch, *flags):
     monkeypatch.setattr(checkpoint, "save_last", save)
 
 
+@pytest.mark.pictures
 def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(monkeypatch, *SHORT, "--steps", 2, "--out", out)
@@ -198,6 +199,7 @@ def test_a_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys
     assert "mean accuracy %" in printed and "--beta 0 --lam 0" in printed
     assert {f.name for f in out.iterdir()} == {
         "model.pt", "best.pt", "last.pt", "config.json", "log.jsonl", "curves.png", "samples.png"}
+    assert all((out / name).stat().st_size > 10_000 for name in ("curves.png", "samples.png"))
 
     config = json.loads((out / "config.json").read_text())
     assert (config["alpha"], config["steps"], config["crop"], config["global_batch"]) == (10, 2, [64, 64], 3)
