@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,6 @@ def test_other_pictures_in_a_folder_are_named(tmp_path, capsys):
 
 def test_what_is_printed_of_a_run(tmp_path, monkeypatch, capsys):
     flags = ["--mode", "dedicated", *SHORT, "--steps", 1, "--source-steps", 1, "--validations", 0]
-    monkeypatch.setattr(train, "samples", lambda *args: [])
     run(monkeypatch, *flags, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert printed.count("Next: look at") == 1 and f"{tmp_path}/run/model.pt" in printed
@@ -144,7 +144,9 @@ def test_ctrl_c_of_a_program(tmp_path):
         Image.new("RGB", (400, 600), (n, 80, 90)).save(tmp_path / f"{n}.png")
     command = [sys.executable, ROOT / "predict.py", tmp_path, "--out", tmp_path / "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as program:
+    # A shell in the background hands down a SIGINT that is ignored.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as program:
         while not program.stdout.readline().startswith("1/200"):
             assert program.poll() is None
         program.send_signal(signal.SIGINT)
