@@ -3,8 +3,7 @@
     python experiments.py run --photos DIR             all cells that are not there yet, two side by side
     python experiments.py run --photos DIR --only unseen-labels --variants multi cross --seeds 0 1 2
     python experiments.py run --photos DIR --dry-run   what would be done
-    python experiments.py run --photos DIR --cells my.jsonl --runs runs/mine ...
-                                                       again, beside the cells that are kept here
+    python experiments.py run --photos DIR --cells my.jsonl --runs runs/mine             kept cells again
     python experiments.py run --photos DIR --held-back --variants multi --try lr=0.006 "lr=0.006 balance=0.25"
                                                        tuning, on a fifth of the training lists, held back
     python experiments.py report                       docs/results.md and its picture from docs/cells.jsonl
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from threading import Lock
@@ -217,15 +217,17 @@ def busy(jobs):
 
 
 def about():
-    """Versions and machine; no host and no path. A commit that ends in -dirty was changed."""
+    """Versions and machine; no host and no path. -dirty: the commit was changed, and not in docs/ alone."""
     import torch
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True,
-                         text=True, cwd=ROOT)
+    git = partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    if git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]).stdout:
+        commit += "-dirty"
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"commit": git.stdout.strip(), "torch": torch.__version__, "python": platform.python_version(),
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
             "cpu": cpu, "threads": 1}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,8 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     assert ("| 34.00 ± 1.29 | 4 | +2.50 ± 0.65, 4 of 4, p 0.03 | +1.00 ± 0.50, 2 of 2, p 0.3 |  | 1.20 x |"
             in page)
     # A longer variant stands beside the baseline that is as long, which does not have its time.
-    assert "| + L_cross, steps=600 | 34.00 ± 0.50 | 2 | +3.00 ± 0.00, 2 of 2, p nan |  |  | 1.20 x |" in page
+    row = "| + L_cross, steps=600 | 34.00 ± 0.50 | 2 | +3.00 ± 0.00, 2 of 2, p nan |  |  | 1.20 x |"
+    assert row in page
     # The longer baseline took 1.2 times as long: no match for 1.8, nor for a time that says nothing.
     assert "| SST as published | 29.00 | 1 | -1.00, 0 of 1 |  |  | 1.80 x |" in page
     assert "| SST as published, beta=0 | 29.00 | 1 | -1.00, 0 of 1 |  |  | not measured |" in page
@@ -136,6 +138,17 @@ def test_finished_cells_are_not_done_again(cells, capsys):
     assert args.go(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["1 cells to do, 2 side by side", "  balanced-photos, cross, seed 4"]
+
+
+@pytest.mark.parametrize("changed, ending", [("", ""), (" M train.py\n", "-dirty")])
+def test_a_cell_names_its_commit(changed, ending, monkeypatch):
+    """What the run itself writes, docs/cells.jsonl, makes no other commit."""
+    def run(words, **how):
+        assert words[1] != "status" or words[-1] == ":!docs"
+        return SimpleNamespace(stdout=changed if words[1] == "status" else "abc1234\n")
+
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    assert experiments.about()["commit"] == f"abc1234{ending}"
 
 
 def test_the_order_of_changed_flags_makes_no_other_cell(cells):
