@@ -221,13 +221,13 @@ def about():
     import torch
     git = partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
     commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]).stdout
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]).stdout > ""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"commit": commit + "-dirty" * bool(changed), "torch": torch.__version__, "python": platform.python_version(),
-            "cpu": cpu, "threads": 1}
+    return {"commit": commit + "-dirty" * changed, "torch": torch.__version__,
+            "python": platform.python_version(), "cpu": cpu, "threads": 1}
 
 
 def report(args):
