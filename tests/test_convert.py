@@ -201,6 +201,7 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path, monkeypatch):
     refused("out: holds files already; give a new folder", good)
 
 
+@pytest.mark.slow
 def test_from_an_export_to_a_trained_run(tmp_path):
     """The commands of docs/usage.md, as programs."""
     shapes = [("head", [flat(BOX["head"])]), ("coat", [flat(BOX["coat"])])]

@@ -201,6 +201,7 @@ def test_without_data_the_figures_are_scored_as_training_does(tmp_path, monkeypa
     assert json.loads(only) == {"atr": result["atr"]} and "atr: 4 figures on the val list" in log
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path, capsys):
     """Five photos, so that the processes have unequal shares; torchrun starts the script as a user would."""
     domain = builtin_domain("pascal")

@@ -342,6 +342,7 @@ def test_two_machines_train_as_one(driver, two, tmp_path):
 # Checkpoints ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(driver, tmp_path):
     out = tmp_path / "run"
     with started(command(driver, out, "--steps", 200, "--save-every", 3)) as process:

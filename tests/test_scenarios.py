@@ -51,6 +51,7 @@ def transfer(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_both_steps_run_in_two_processes(tmp_path):
     """The second step waits for what the first process writes at the end of the first step."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
