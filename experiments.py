@@ -45,7 +45,7 @@ TRAINED = ("ccp-coarse", "ccp-middle", "ccp-fine")  # disjoint lists, in all tho
 PHOTO_DOMAINS = (*TRAINED, "ccp-common")
 PHOTOS = ["ccp-coarse=DIR", "ccp-middle=DIR", "ccp-fine=DIR"]
 
-LITE = ["--preset", "lite", "--steps", "500", "--data"]
+LITE = ["--preset", "lite", "--size", "160x96", "--crop", "160x96", "--steps", "500", "--data"]
 FIGURES = ["pascal=figures", "atr=figures", "cihp=figures"]
 
 # The source domains of dedicated parsing, which universal parsing is trained on.
@@ -85,7 +85,7 @@ BEDS["demo"] = (
     "`pascal`, `atr`, `cihp`. Scored: their mean.",
     ["--preset", "demo", "--steps", "900", "--data", *FIGURES], "mean")
 for percent in (10, 25, 50, 100):
-    step_2 = ["--mode", "dedicated", "--preset", "lite", "--steps", "300"]
+    step_2 = ["--mode", "dedicated", *LITE[:6], "--steps", "300"]
     BEDS[f"dedicated-photos-{percent}"] = (
         "Dedicated parsing. Source: 533 photos, `ccp-middle` and `ccp-fine`. Target: of the 267 photos of "
         "`ccp-coarse`, as many percent as the test bed's name says. Scored: `ccp-coarse`.",

@@ -250,7 +250,7 @@ def test_the_preset_lite():
     wanted = dict(preset="lite", arch="lite", backbone_weights="auto", freeze_stages=2, optimizer="adamw",
                   beta=0.0, lam=0.0, cross=1.0,
                   lr=0.003, backbone_lr_scale=0.3, sst_lr_scale=0.1, decay="linear", drop_at=0.6,
-                  balance=0.25, batch_size=9, size=(160, 96), crop=(160, 96), scale=(0.75, 1.5),
+                  balance=0.25, batch_size=9, size=(192, 128), crop=(192, 128), scale=(0.75, 1.5),
                   resize="common", slots="equal", epochs=17, steps=None, validations=5)
     assert {key: getattr(lite, key) for key in wanted} == wanted
     rest = [name for name in config.ROWS if name not in wanted and name != "data"]
