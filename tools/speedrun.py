@@ -5,7 +5,7 @@
     python tools/speedrun.py --train OTHER/train.py      the same by another version
 
 Two runs at a time have one thread each. The seconds are those of training, loading included and validation
-left out, so that a run may be validated often. docs/performance.md has the table that may get another line.
+left out, so that a run may be validated often.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def reached(lines, goal):
     lines: those of log.jsonl. The mIoU is the mean over the label domains, in percent.
     """
     seconds = last = 0  # of training up to the step `last`
-    pace, validated, first = None, False, (None, None)
+    pace, validated, first, miou = None, False, (None, None), float("nan")
     for line in lines:
         if line["kind"] == "train":
             # A line has the seconds a step since the line before. If there was a validation in between, they
