@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .domains import IGNORE
 
@@ -99,27 +98,9 @@ def direction(x):
     vanish, and its gradient would be infinite. So rows are brought to size 1 by their largest entry before
     their length is taken, which then is at least 1.
     """
-    return Direction.apply(x)
-
-
-class Direction(torch.autograd.Function):
-    """u = x / |x|, and the gradient of what depends on u: (g - (g . u) u) / |x|."""
-
-    @staticmethod
-    def forward(ctx, x):
-        largest = x.abs().amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest < 1e-30, torch.inf)
-        x = x / largest
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1)
-        u = x.div_(length)
-        ctx.save_for_backward(u, length.mul_(largest))
-        return u
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        u, length = ctx.saved_tensors
-        return torch.addcmul(g, u, (g * u).sum(-1, keepdim=True), value=-1).div_(length)
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest < 1e-30, torch.inf, largest)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
 
 
 # Not the paper's --------------------------------------------------------------------------------------------

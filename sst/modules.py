@@ -258,7 +258,7 @@ def linear(inputs, outputs):
 def per_scale(maps, x):
     """Row l of x (L, ..., D) through the l-th of L linear maps, in one batched product."""
     weights = torch.stack([f.weight for f in maps])  # (L, outputs, D)
-    return torch.bmm(x.flatten(1, -2), weights.transpose(1, 2)).unflatten(1, x.shape[1:-1])
+    return (x.flatten(1, -2) @ weights.transpose(1, 2)).unflatten(1, x.shape[1:-1])
 
 
 def segments(H, regions, Z):
