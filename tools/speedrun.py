@@ -1,11 +1,11 @@
 """Time to 45 %: how long the demo trains until its mean validation mIoU has reached a goal.
 
     python tools/speedrun.py                             seeds 0 to 4 of `train.py --mode universal`
-    python tools/speedrun.py -- --lr 0.02                the same with other flags of train.py
-    python tools/speedrun.py --train OTHER/train.py      the same by another version
+    python tools/speedrun.py --runs DIR -- --lr 0.02               the same with other flags of train.py
+    python tools/speedrun.py --runs DIR --train OTHER/train.py     the same by another version
 
 Two runs at a time have one thread each. The seconds are those of training, loading included and validation
-left out, so that a run may be validated often.
+left out, so that a run may be validated often. Finished runs in DIR are not done again.
 """
 
 import argparse
