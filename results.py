@@ -66,9 +66,11 @@ class Bed:
         return median(times) if times else None
 
     def baseline(self, variant):
-        """The baseline's variant with as many steps."""
-        steps = [change for change in variant.split()[1:] if change.startswith("steps=")]
-        return " ".join([BASELINE, *steps])
+        """The baseline's variant with the same changes, such as another image size; else with as many steps."""
+        changes = variant.split()[1:]
+        same = " ".join([BASELINE, *changes])
+        return same if same in self.scores else " ".join(
+            [BASELINE, *(change for change in changes if change.startswith("steps="))])
 
     def at_equal_time(self, variant, ratio):
         """The comparison with the baseline's run that takes as long as the variant's, or a little longer."""
@@ -81,13 +83,15 @@ class Bed:
         return ""
 
     def ceiling(self):
-        """The row of CEILINGS for this test bed, if there is one and its cells are kept."""
+        """Rows of CEILINGS for this test bed, one for each image size of which cells are kept."""
         words, bed, score = CEILINGS.get(self.name, ("", "", ""))
-        values = [cell["scores"][score] for cell in self.all
-                  if (cell["bed"], cell["variant"]) == (bed, BASELINE)]
-        if not values:
-            return []
-        return [f"| ceiling: {self.label(BASELINE)}, {words} | {spread(values)} | {len(values)} | | | | |"]
+        values = {}  # {the baseline as it is, or with another image size: scores}
+        for cell in self.all:
+            name, *changes = cell["variant"].split()
+            if (cell["bed"], name) == (bed, BASELINE) and all(c.startswith(("crop=", "size=")) for c in changes):
+                values.setdefault(cell["variant"], []).append(cell["scores"][score])
+        return [f"| ceiling: {self.label(variant)}, {words} | {spread(scores)} | {len(scores)} | | | | |"
+                for variant, scores in sorted(values.items())]
 
     def rows(self):
         """Lines of Markdown: a row for each variant, and one for the ceiling."""

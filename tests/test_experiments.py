@@ -88,6 +88,20 @@ def test_the_page_keeps_its_words_and_shows_what_was_measured(cells):
     assert (cells / "results.png").stat().st_size > 5000
 
 
+def test_another_image_size_stands_beside_the_baseline_of_that_size(cells):
+    size, ceiling = "crop=192x128 size=192x128", results.CEILINGS["poor-coarse"][0]
+    made = {f"multi {size}": 40.0, f"cross {size}": 42.0, "multi lr=0.006": 50.0, "cross lr=0.006": 51.0}
+    with (cells / "cells.jsonl").open("a") as file:
+        file.writelines(json.dumps(cell(variant, 0, score)) + "\n" for variant, score in made.items())
+    experiments.report(None)
+    page = (cells / "results.md").read_text()
+    words = size.replace(" ", ", ")
+    assert f"| + L_cross, {words} | 42.00 | 1 | +2.00, 1 of 1 |" in page
+    assert "| + L_cross, lr=0.006 | 51.00 | 1 | +1.00, 1 of 1 |" in page
+    assert f"| ceiling: Multi-datasets, {words}, {ceiling} | 60.00 | 1 |" in page
+    assert "| ceiling: Multi-datasets, lr=0.006" not in page and "| ceiling: Multi-datasets, steps" not in page
+
+
 def test_every_test_bed_is_a_row_between_two_lines(cells):
     (cells / "results.md").write_text("Before.\n<!-- glance -->\nold\n<!-- glance -->\nAfter.\n")
     for _ in range(2):  # and once more, from the page that it wrote
