@@ -81,7 +81,7 @@ BEDS = {
         [*LITE, *FIGURES], "mean"),
 }
 BEDS["demo"] = (
-    "The demo, half as long: the network of the preset `demo` from scratch, 2,000 figures for each of "
+    "The demo, cut to 900 steps: the network of the preset `demo` from scratch, 2,000 figures for each of "
     "`pascal`, `atr`, `cihp`. Scored: their mean.",
     ["--preset", "demo", "--steps", "900", "--data", *FIGURES], "mean")
 for percent in (10, 25, 50, 100):
