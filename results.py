@@ -66,7 +66,7 @@ class Bed:
         return median(times) if times else None
 
     def baseline(self, variant):
-        """The baseline's variant with the same changes, such as another image size; else with as many steps."""
+        """The baseline's variant with the same changes, such as another image size, or with as many steps."""
         changes = variant.split()[1:]
         same = " ".join([BASELINE, *changes])
         return same if same in self.scores else " ".join(
@@ -88,7 +88,8 @@ class Bed:
         values = {}  # {the baseline as it is, or with another image size: scores}
         for cell in self.all:
             name, *changes = cell["variant"].split()
-            if (cell["bed"], name) == (bed, BASELINE) and all(c.startswith(("crop=", "size=")) for c in changes):
+            sizes = all(change.startswith(("crop=", "size=")) for change in changes)
+            if (cell["bed"], name) == (bed, BASELINE) and sizes:
                 values.setdefault(cell["variant"], []).append(cell["scores"][score])
         return [f"| ceiling: {self.label(variant)}, {words} | {spread(scores)} | {len(scores)} | | | | |"
                 for variant, scores in sorted(values.items())]
