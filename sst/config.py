@@ -184,7 +184,7 @@ SETTINGS = {
     "optimisation": (
         row("epochs", positive, 150, None, small=30, lite=17, demo=None,
             help="passes over all training sets together"),
-        row("steps", positive, None, None, demo=1400,
+        row("steps", positive, None, None, demo=1500,
             help="optimiser steps, instead of epochs"),
         row("optimizer", str, "adamw", ("adamw", "muon"), small="muon", lite="adamw",
             help="muon: AdamW with Muon's steps for the kept network's matrices"),
