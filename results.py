@@ -145,7 +145,8 @@ class Bed:
             axis.plot([x - 0.2, x + 0.2], [mean(values)] * 2, color="C1", linewidth=2)
         axis.set(title=self.name, ylabel=f"{self.score}, mIoU %", xticks=range(len(self.variants)))
         axis.set_xlim(-0.6, len(self.variants) - 0.4)
-        axis.set_xticklabels(self.variants, rotation=20, ha="right", fontsize=7)
+        labels = [" ".join(w for w in v.split() if not w.startswith("crop=")) for v in self.variants]
+        axis.set_xticklabels(labels, rotation=20, ha="right", fontsize=7)
         axis.grid(axis="y", alpha=0.3)
 
 
