@@ -68,9 +68,9 @@ class Bed:
     def baseline(self, variant):
         """The baseline's variant with the same changes, such as another image size, or with as many steps."""
         changes = variant.split()[1:]
+        steps = [change for change in changes if change.startswith("steps=")]
         same = " ".join([BASELINE, *changes])
-        return same if same in self.scores else " ".join(
-            [BASELINE, *(change for change in changes if change.startswith("steps="))])
+        return same if same in self.scores else " ".join([BASELINE, *steps])
 
     def at_equal_time(self, variant, ratio):
         """The comparison with the baseline's run that takes as long as the variant's, or a little longer."""
@@ -95,7 +95,7 @@ class Bed:
                 for variant, scores in sorted(values.items())]
 
     def rows(self):
-        """Lines of Markdown: a row for each variant, and one for the ceiling."""
+        """Lines of Markdown: a row for each variant, and those of the ceiling."""
         lines = []
         for variant in self.variants:
             values, seconds = list(self.scores[variant].values()), self.seconds(variant)
